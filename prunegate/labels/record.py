@@ -1,0 +1,121 @@
+"""What a traced forward leaves behind: tensors without their data, and the Python-level calls that touched them."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Call", "FrameRecord", "Node", "capture_frame", "nodes_in"]
+
+_uids = itertools.count()
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """A tensor of the traced forward, without its data.
+
+    Attributes:
+        shape: The tensor's shape in the dense model.
+        dtype: Its element type.
+        planes: Label planes, each broadcastable to ``shape`` (see ``planes.py``).
+        name: Qualified name where the tensor is a parameter or buffer, else ``None``.
+        pure: The parameter that the tensor is only a rearrangement of, if there is one.
+        uid: A number that is unique in the process.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    planes: list[Tensor] = field(default_factory=list)
+    name: str | None = None
+    pure: Node | None = None
+    uid: int = field(default_factory=lambda: next(_uids))
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def numel(self) -> int:
+        """Number of elements in the dense model."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class FrameRecord:
+    """Where a call was made: enough to find its source later, cheap enough to take at every call.
+
+    Attributes:
+        code: The code object of the calling function.
+        lasti: Index of the call instruction in ``code``.
+        owner: The ``nn.Module`` bound to the function's first argument, if there is one.
+        caller: The record of the function that called this one, if ``owner`` is ``None`` (a free function).
+    """
+
+    code: CodeType
+    lasti: int
+    owner: nn.Module | None
+    caller: FrameRecord | None
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One torch call made by Python code.
+
+    Attributes:
+        func: The function or method that was called.
+        name: Its plain name, such as ``"reshape"``.
+        args: Positional arguments, every tensor replaced by its ``Node``.
+        kwargs: Keyword arguments, likewise.
+        out: What it returned, likewise.
+        frame: Where it was called from.
+    """
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    frame: FrameRecord | None
+
+
+# Frames of these packages stand between the user's line and the mode that sees the call; they are never edited.
+_INTERNAL = ("/torch/overrides.py", "/torch/functional.py", "/torch/nn/functional.py", "/torch/_tensor.py",
+             "/torch/_jit_internal.py", "/torch/utils/_contextlib.py", "/torch/_compile.py",
+             "/torch/_dynamo/eval_frame.py", "/prunegate/labels/", "/prunegate/slim/")  # fmt: skip
+_MAX_CALLERS = 4
+
+
+def capture_frame(frame: FrameType | None, depth: int = 0) -> FrameRecord | None:
+    """Records the innermost frame, from ``frame`` outward, that is not internal to torch or to the tracer."""
+    while frame is not None and any(part in frame.f_code.co_filename for part in _INTERNAL):
+        frame = frame.f_back
+    if frame is None:
+        return None
+    code = frame.f_code
+    owner = None
+    if code.co_argcount and not code.co_flags & inspect.CO_GENERATOR:
+        owner = frame.f_locals.get(code.co_varnames[0])
+    if not isinstance(owner, nn.Module):
+        owner = None
+    caller = None
+    if owner is None and depth < _MAX_CALLERS:
+        caller = capture_frame(frame.f_back, depth + 1)
+    return FrameRecord(code, frame.f_lasti, owner, caller)
+
+
+def nodes_in(tree: Any) -> Iterator[Node]:
+    """Yields the nodes anywhere in a nested structure of arguments."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Node):
+            yield leaf
