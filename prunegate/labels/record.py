@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Call", "FrameRecord", "Node", "capture_frame", "nodes_in"]
+__all__ = ["Call", "FrameRecord", "Node", "Op", "capture_frame", "nodes_in"]
 
 _uids = itertools.count()
 
@@ -27,7 +27,11 @@ class Node:
         dtype: Its element type.
         planes: Label planes, each broadcastable to ``shape`` (see ``planes.py``).
         name: Qualified name where the tensor is a parameter or buffer, else ``None``.
-        pure: The parameter that the tensor is only a rearrangement of, if there is one.
+        source: The parameter that the tensor is only a rearrangement of, if there is one (itself for a parameter).
+        depends: Whether the tensor depends on the model's input.
+        base: The tensor whose memory this one shares, where it is a view.
+        value: The data itself, kept only of integer and boolean tensors that do not depend on the input's values
+            (they are indices or masks).
         uid: A number that is unique in the process.
     """
 
@@ -35,7 +39,10 @@ class Node:
     dtype: torch.dtype
     planes: list[Tensor] = field(default_factory=list)
     name: str | None = None
-    pure: Node | None = None
+    source: Node | None = None
+    depends: bool = False
+    base: Node | None = None
+    value: Tensor | None = None
     uid: int = field(default_factory=lambda: next(_uids))
 
     @property
@@ -87,6 +94,27 @@ class Call:
     kwargs: dict[str, Any]
     out: Any
     frame: FrameRecord | None
+
+
+@dataclass(slots=True, eq=False)
+class Op:
+    """One ATen operation, below autograd, after composite operations decompose.
+
+    Attributes:
+        func: The overload that ran.
+        name: Its plain name, such as ``"convolution"``, without leading or trailing underscores.
+        args: Positional arguments, every tensor replaced by its ``Node``.
+        kwargs: Keyword arguments, likewise.
+        out: What it returned, likewise.
+        call: The Python-level call that it is a part of, if there is one.
+    """
+
+    func: Callable[..., Any]
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    call: Call | None
 
 
 # Frames of these packages stand between the user's line and the mode that sees the call; they are never edited.

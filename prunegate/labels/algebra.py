@@ -1,0 +1,309 @@
+"""How labels flow: alignment of operands, contraction, reduction. The ATen rules are written in these terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from prunegate.labels.planes import compress, pad_to, varying
+from prunegate.labels.record import Call, FrameRecord, Node, Op
+from prunegate.labels.unionfind import FROZEN, Labels, Reason
+
+__all__ = ["Algebra", "Consumption", "Reduction"]
+
+# Alignment of n operands converges in a few rounds; the bound only guards against a rule that never settles.
+_MAX_ROUNDS = 32
+
+Operand = tuple[list[Tensor], frozenset[int]]
+"""The planes of one operand in common coordinates, and the dimensions on which it has real positions."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumption:
+    """Labels that end here: a contraction sums over them, so this is where their gate acts.
+
+    Attributes:
+        op: The contraction.
+        nodes: Its operands that carry the contracted labels.
+        planes: For each of ``nodes``, the contracted plane as it was (raw labels, in the operand's coordinates).
+    """
+
+    op: Op
+    nodes: tuple[Node, ...]
+    planes: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """A statistic over labelled positions, which must be taken over the kept ones only.
+
+    Attributes:
+        op: The operation that reduces.
+        node: The reduced operand.
+        plane: The plane that varies along reduced dimensions.
+    """
+
+    op: Op
+    node: Node
+    plane: Tensor
+
+
+@dataclass
+class Algebra:
+    """The state of one labelling: the labels, and the events that masked execution needs."""
+
+    labels: Labels = field(default_factory=Labels)
+    consumptions: list[Consumption] = field(default_factory=list)
+    reductions: list[Reduction] = field(default_factory=list)
+    op: Op | None = None
+    module_name: Callable[[FrameRecord | None], str] = lambda frame: ""
+
+    # ------------------------------------------------------------------ reading and writing planes
+
+    def reason(self, why: str) -> Reason:
+        """The reason ``why``, with the operation and module that are being handled now."""
+        if self.op is None:
+            return Reason(why)
+        call: Call | None = self.op.call
+        return Reason(why, self.op.name, self.module_name(call.frame if call else None))
+
+    def get(self, node: Node) -> list[Tensor]:
+        """The planes of ``node`` in canonical labels, at most one for each set of dimensions, frozen ones left out."""
+        planes = []
+        for plane in node.planes:
+            plane = compress(self.labels.find(plane))
+            if bool((plane != FROZEN).any()):
+                planes.append(plane)
+        return self._one_per_dims(planes) if len(planes) > 1 else planes
+
+    def put(self, node: Node, planes: Iterable[Tensor]) -> None:
+        """Gives ``node`` its planes."""
+        kept = []
+        for plane in planes:
+            plane = compress(plane)
+            if plane.numel() == 1:
+                # One label on the whole tensor: it would vanish when the unit does.
+                if node.numel() and int(self.labels.find(plane)) != FROZEN:
+                    self.freeze(plane, "a tensor would vanish with one unit")
+                continue
+            kept.append(plane)
+        node.planes = kept
+
+    def freeze(self, plane: Tensor, why: str) -> None:
+        """Freezes every label of ``plane``."""
+        self.labels.freeze(plane, self.reason(why))
+
+    def freeze_node(self, node: Node, why: str) -> None:
+        """Freezes every label on ``node``."""
+        for plane in self.get(node):
+            self.freeze(plane, why)
+
+    def union(self, a: Tensor, b: Tensor, why: str) -> bool:
+        """Joins two planes position by position."""
+        return self.labels.union(a, b, self.reason(why))
+
+    def coarsen(self, plane: Tensor, away: Iterable[int], why: str) -> Tensor:
+        """Ties the labels of ``plane`` along the dimensions ``away``, which then no longer vary."""
+        first = plane
+        for dim in away:
+            first = first.narrow(dim, 0, 1)
+        if first.shape == plane.shape:
+            return plane
+        self.union(plane, first, why)
+        return self.labels.find(first)
+
+    def coarsen_or_freeze(self, plane: Tensor, away: Iterable[int], why: str) -> Tensor:
+        """Coarsens; where nothing is left to vary, freezes."""
+        plane = self.coarsen(plane, away, why)
+        if plane.numel() == 1:
+            self.freeze(plane, why)
+            plane = self.labels.find(plane)
+        return plane
+
+    def _one_per_dims(self, planes: list[Tensor]) -> list[Tensor]:
+        by_dims: dict[frozenset[int], Tensor] = {}
+        for plane in planes:
+            dims = varying(plane)
+            if dims in by_dims:
+                self.union(by_dims[dims], plane, "two planes on the same dimensions")
+            else:
+                by_dims[dims] = plane
+        return [self.labels.find(plane) for plane in by_dims.values()]
+
+    # ------------------------------------------------------------------ element-wise alignment
+
+    def align(self, operands: Sequence[Operand], why: str) -> list[Tensor]:
+        """Aligns planes of several operands by the dimensions on which they vary, and joins them.
+
+        Equal sets of dimensions join position by position; overlapping sets are coarsened to their intersection
+        first; a plane that has no counterpart survives only along dimensions on which the other operands broadcast.
+        """
+        planes = [list(operand) for operand, _ in operands]
+        for _ in range(_MAX_ROUNDS):
+            changed = False
+            for i in range(len(operands)):
+                for a in range(len(planes[i])):
+                    if self._align_one(planes, operands, i, a, why):
+                        changed = True
+            if not changed:
+                break
+        return self._one_per_dims([p for operand in planes for p in operand if bool((p != FROZEN).any())])
+
+    def _align_one(self, planes: list[list[Tensor]], operands: Sequence[Operand], i: int, a: int, why: str) -> bool:
+        changed = False
+        plane = compress(self.labels.find(planes[i][a]))
+        for j, (_, real) in enumerate(operands):
+            if j == i or not varying(plane) or not bool((plane != FROZEN).any()):
+                continue
+            met = False
+            for b in range(len(planes[j])):
+                other = compress(self.labels.find(planes[j][b]))
+                common = varying(plane) & varying(other)
+                if not common:
+                    continue
+                met = True
+                if varying(plane) != common or varying(other) != common:
+                    weak, other_weak = self._weak(plane), self._weak(other)
+                    if weak != other_weak:
+                        # A buffer's labels never coarsen a parameter's: a rotary table must not tie heads away.
+                        self.freeze(plane if weak else other, "a buffer that does not line up")
+                        changed = True
+                        plane = compress(self.labels.find(plane))
+                        planes[j][b] = compress(self.labels.find(other))
+                        met = weak
+                        continue
+                    plane = self.coarsen(plane, varying(plane) - common, why)
+                    other = self.coarsen(other, varying(other) - common, why)
+                    changed = True
+                changed |= self.union(plane, other, why)
+                plane = compress(self.labels.find(plane))
+                planes[j][b] = compress(self.labels.find(other))
+            lost = real & varying(plane)
+            if not met and lost and bool((plane != FROZEN).any()):
+                plane = self.coarsen_or_freeze(plane, lost, f"{why}: meets positions that cannot be removed")
+                changed = True
+        planes[i][a] = plane
+        return changed
+
+    def _weak(self, plane: Tensor) -> bool:
+        roots = self.labels.find(plane)
+        roots = roots[roots != FROZEN]
+        return roots.numel() > 0 and not bool(self.labels.is_strong(roots).any())
+
+    def elementwise(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor]:
+        """Planes of the result of an element-wise operation with broadcasting to ``ndim`` dimensions."""
+        if len(nodes) == 1:
+            return [pad_to(plane, ndim) for plane in self.get(nodes[0])]
+        return self.align([self.operand(node, ndim) for node in nodes], why)
+
+    def operand(self, node: Node, ndim: int) -> Operand:
+        """``node`` in the coordinates of an ``ndim``-dimensional result that it broadcasts to."""
+        offset = ndim - node.ndim
+        real = frozenset(dim + offset for dim, size in enumerate(node.shape) if size > 1)
+        return [pad_to(plane, ndim) for plane in self.get(node)], real
+
+    # ------------------------------------------------------------------ contraction
+
+    def contract(self, a: Node, b: Node, a_axes: str, b_axes: str, out_axes: str, why: str) -> list[Tensor]:
+        """Planes of ``einsum(a_axes, b_axes -> out_axes)``; labels on a contracted axis join and end there."""
+        summed = (set(a_axes) & set(b_axes)) - set(out_axes)
+        a_free, a_ended = self._split_contracted(a, a_axes, summed, why)
+        b_free, b_ended = self._split_contracted(b, b_axes, summed, why)
+        self._end(a, b, a_axes, b_axes, a_ended, b_ended, why)
+        return self.align(
+            [self._moved(a, a_axes, out_axes, a_free), self._moved(b, b_axes, out_axes, b_free)], why
+        )
+
+    def _split_contracted(self, node: Node, axes: str, summed: set[str], why: str) -> tuple[list[Tensor], list[Tensor]]:
+        free, ended = [], []
+        for plane in self.get(node):
+            inside = [dim for dim in varying(plane) if axes[dim] in summed]
+            if not inside:
+                free.append(plane)
+            elif len(inside) < len(varying(plane)):
+                free.append(self.coarsen(plane, inside, why))
+            else:
+                ended.append(plane)
+        return free, ended
+
+    def _end(self, a: Node, b: Node, a_axes: str, b_axes: str,
+             a_ended: list[Tensor], b_ended: list[Tensor], why: str) -> None:  # fmt: skip
+        def axes_of(plane: Tensor, axes: str) -> frozenset[str]:
+            return frozenset(axes[dim] for dim in varying(plane))
+
+        for plane in a_ended:
+            partners = [other for other in b_ended if axes_of(other, b_axes) == axes_of(plane, a_axes)]
+            for other in partners:
+                self.union(plane.flatten(), other.flatten(), why)
+                self.consume((a, b), (plane, other))
+            if not partners:
+                self.freeze(plane, f"{why}: summed against positions that cannot be removed")
+        for other in b_ended:
+            if not any(axes_of(plane, a_axes) == axes_of(other, b_axes) for plane in a_ended):
+                self.freeze(other, f"{why}: summed against positions that cannot be removed")
+
+    def consume(self, nodes: tuple[Node, ...], planes: tuple[Tensor, ...]) -> None:
+        """Notes that the labels of ``planes`` end in the operation being handled."""
+        assert self.op is not None
+        self.consumptions.append(Consumption(self.op, nodes, planes))
+
+    def _moved(self, node: Node, axes: str, out_axes: str, planes: list[Tensor]) -> Operand:
+        real = frozenset(
+            out_axes.index(axis) for axis, size in zip(axes, node.shape, strict=True) if size > 1 and axis in out_axes
+        )
+        moved = []
+        for plane in planes:
+            # Summed axes no longer vary here; drop them, then order what is left as the output has it.
+            kept = [dim for dim in range(plane.dim()) if axes[dim] in out_axes]
+            for dim in reversed([d for d in range(plane.dim()) if d not in kept]):
+                plane = plane.select(dim, 0)
+            order = sorted(range(len(kept)), key=lambda i: out_axes.index(axes[kept[i]]))
+            plane = plane.permute(order)
+            sizes = {axes[kept[i]]: plane.shape[at] for at, i in enumerate(order)}
+            moved.append(plane.reshape([sizes.get(axis, 1) for axis in out_axes]))
+        return moved, real
+
+    # ------------------------------------------------------------------ reduction
+
+    def reduce(self, node: Node, dims: Sequence[int], why: str, *, keep: bool = False,
+               maskable: bool = True) -> list[Tensor]:  # fmt: skip
+        """Planes of a statistic of ``node`` over ``dims``, with the reduced dimensions kept at size 1.
+
+        A plane that lives on reduced dimensions alone ends (or stays, with ``keep``, as for a softmax or a
+        normalisation), and masked execution must take the statistic over kept positions only. A plane that also
+        varies elsewhere is coarsened away from the reduced dimensions.
+
+        Args:
+            node: What is reduced.
+            dims: The reduced dimensions, non-negative; empty means all.
+            why: Said where labels are joined or frozen.
+            keep: Whether the result still has the reduced positions.
+            maskable: Whether a masked form of the statistic exists; otherwise such labels freeze.
+        """
+        reduced = set(dims) or set(range(node.ndim))
+        planes = []
+        for plane in self.get(node):
+            inside = varying(plane) & reduced
+            if not inside:
+                planes.append(plane)
+            elif not varying(plane) <= reduced:
+                planes.append(self.coarsen(plane, inside, why))
+            elif not maskable:
+                self.freeze(plane, why)
+            else:
+                assert self.op is not None
+                self.reductions.append(Reduction(self.op, node, plane))
+                if keep:
+                    planes.append(plane)
+        return planes
+
+    def leave_spatial(self, node: Node, dims: Iterable[int], why: str) -> list[Tensor]:
+        """Planes of ``node`` with labels tied (or frozen) along ``dims``, whose positions are mixed."""
+        dims = list(dims)
+        planes = []
+        for plane in self.get(node):
+            mixed = [dim for dim in dims if plane.shape[dim] > 1]
+            planes.append(self.coarsen_or_freeze(plane, mixed, why) if mixed else plane)
+        return planes

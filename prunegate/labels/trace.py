@@ -1,0 +1,370 @@
+"""Run a model once on real tensors and let labels flow beside the values."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from prunegate.errors import AttachError
+from prunegate.labels.algebra import Algebra
+from prunegate.labels.planes import compress, place, varying
+from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
+from prunegate.labels.rules import apply_rule
+from prunegate.labels.unionfind import FROZEN, Labels, Reason
+
+__all__ = ["Trace", "call_model", "describe_inputs", "named_tensors", "tensor_caches", "trace"]
+
+_NODE = "_prunegate_node"
+_MAX_RECTANGLE_ROUNDS = 8
+
+# Python-level accesses that compute nothing: recording them would only cost time.
+_QUIET = frozenset(
+    "__get__ __set__ size dim numel stride is_contiguous is_floating_point ndimension __len__ type data_ptr "
+    "get_device item __bool__ is_complex __hash__ has_names element_size __format__ __repr__ tolist __int__ "
+    "__float__ __index__ nelement is_signed is_inference".split()
+)
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one labelled forward leaves behind.
+
+    Attributes:
+        algebra: The labels and the events (consumptions, reductions).
+        tensors: Node of every parameter, buffer and plain tensor attribute, by its first qualified name.
+        aliases: Other qualified names of the same tensors (tied weights), to the first one.
+        ops: The ATen operations, in order.
+        calls: The Python-level torch calls, in order.
+        outputs: Nodes of the model's outputs.
+        modules: Qualified name of every module, by identity.
+    """
+
+    algebra: Algebra
+    tensors: dict[str, Node]
+    aliases: dict[str, str]
+    ops: list[Op]
+    calls: list[Call]
+    modules: dict[int, str]
+    parameters: frozenset[str]
+    outputs: list[Node] = field(default_factory=list)
+
+    @property
+    def labels(self) -> Labels:
+        """The union-find."""
+        return self.algebra.labels
+
+    def along(self, node: Node, dim: int) -> Tensor | None:
+        """Canonical labels of ``node`` along ``dim``, int64 ``[node.shape[dim]]``; ``None`` where it has none."""
+        for plane in self.algebra.get(node):
+            if varying(plane) == {dim}:
+                return plane.flatten()
+        return None
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yields (qualified name, tensor, is a parameter) of all parameters, buffers and plain tensor attributes."""
+    for prefix, module in model.named_modules():
+        stores: list[tuple[Mapping[str, Any], bool]] = [
+            (module._parameters, True), (module._buffers, False), (module.__dict__, False)
+        ]  # fmt: skip
+        for store, is_parameter in stores:
+            for name, tensor in store.items():
+                if isinstance(tensor, Tensor):
+                    yield (f"{prefix}.{name}" if prefix else name), tensor, is_parameter
+
+
+def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
+    """Yields the plain dictionaries in which modules keep tensors that they computed earlier."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if type(value) is dict and not name.startswith("_") and value:
+                if all(isinstance(item, Tensor) for item in value.values()):
+                    yield value
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Runs ``model`` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def describe_inputs(inputs: Any) -> str:
+    """Shapes, types and devices of an example input, for messages."""
+    tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in tensors) or repr(type(inputs).__name__)
+
+
+class _Dispatch(TorchDispatchMode):
+    """Gives every tensor a node and lets labels flow through every ATen operation."""
+
+    def __init__(self, algebra: Algebra) -> None:
+        super().__init__()
+        self.algebra = algebra
+        self.ops: list[Op] = []
+        self.call: Call | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        node_args, node_kwargs = to_nodes(args), to_nodes(kwargs)
+        out = func(*args, **kwargs)
+        inputs = list(nodes_in((node_args, node_kwargs)))
+        depends = any(node.depends for node in inputs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                node = node_of(tensor)
+                node.depends |= depends
+                if func.is_view and inputs and node is not inputs[0]:
+                    node.base = inputs[0].base or inputs[0]
+        name = func._schema.name.split("::")[-1].strip("_")
+        op = Op(func, name, node_args, node_kwargs, to_nodes(out), self.call)
+        self.ops.append(op)
+        if any(node.planes for node in inputs):
+            apply_rule(self.algebra, op)
+        return out
+
+
+class _Record(TorchFunctionMode):
+    """Records every torch call that Python code makes, and from where."""
+
+    def __init__(self, dispatch: _Dispatch) -> None:
+        super().__init__()
+        self.dispatch = dispatch
+        self.calls: list[Call] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name in _QUIET:
+            out = func(*args, **kwargs)
+            if func is _DATA_GETTER:
+                setattr(out, _NODE, node_of(args[0]))
+            return out
+        call = Call(func, name, to_nodes(args), to_nodes(kwargs), None, capture_frame(sys._getframe(1)))
+        outer, self.dispatch.call = self.dispatch.call, call
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.dispatch.call = outer
+        call.out = to_nodes(out)
+        self.calls.append(call)
+        return out
+
+
+_DATA_GETTER = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def node_of(tensor: Tensor) -> Node:
+    """The node of a tensor; a tensor that was never seen is a constant without labels."""
+    node: Node | None = getattr(tensor, _NODE, None)
+    if node is None:
+        node = Node(tuple(tensor.shape), tensor.dtype)
+        if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+            node.value = tensor.detach() if tensor.requires_grad else tensor
+        setattr(tensor, _NODE, node)
+    return node
+
+
+def to_nodes(tree: Any) -> Any:
+    """Replaces every tensor in nested arguments by its node."""
+    return tree_map(lambda leaf: node_of(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients and no cached tensors inside; everything as it was outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    caches = [(cache, dict(cache)) for cache in tensor_caches(model)]
+    empty = [
+        value
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if type(value) is dict and not name.startswith("_") and not value
+    ]
+    for cache, _ in caches:
+        cache.clear()
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for cache, content in caches:
+            cache.clear()
+            cache.update(content)
+        for value in empty:
+            value.clear()
+
+
+def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False) -> Trace:
+    """Labels every removable position of ``model`` by one forward in eval mode; the model is left as it was.
+
+    Args:
+        model: The model.
+        inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
+        ignore: Says of a parameter's qualified name whether nothing in it may be removed.
+
+    Returns:
+        The trace, its labels final: outputs frozen, dead and weak labels frozen, every tensor that Python sees a box.
+
+    Raises:
+        AttachError: The model does not run on the input.
+    """
+    algebra = Algebra()
+    modules = {id(module): name for name, module in model.named_modules()}
+    algebra.module_name = lambda frame: _owner_name(frame, modules)
+    dispatch = _Dispatch(algebra)
+    record = _Record(dispatch)
+    tagged: list[Tensor] = []
+    try:
+        tensors, aliases, parameters = _label_tensors(model, algebra, ignore, tagged)
+        for leaf in tree_leaves(inputs):
+            if isinstance(leaf, Tensor):
+                tagged.append(leaf)
+                node_of(leaf).depends = True
+        with _evaluation(model):
+            try:
+                with dispatch, record:
+                    output = call_model(model, inputs)
+            except AttachError:
+                raise
+            except Exception as error:
+                raise AttachError(
+                    f"the model does not run on its example input ({describe_inputs(inputs)}): "
+                    f"{type(error).__name__}: {error}. Pass example_input= of the shape, type and device that "
+                    "the model expects."
+                ) from error
+        outputs = list(nodes_in(to_nodes(output)))
+    finally:
+        for tensor in tagged:
+            if hasattr(tensor, _NODE):
+                delattr(tensor, _NODE)
+    result = Trace(algebra, tensors, aliases, dispatch.ops, record.calls, modules, parameters, outputs)
+    _settle(result)
+    return result
+
+
+def _owner_name(frame: FrameRecord | None, modules: Mapping[int, str]) -> str:
+    while frame is not None:
+        if frame.owner is not None:
+            return modules.get(id(frame.owner), "")
+        frame = frame.caller
+    return ""
+
+
+def _label_tensors(model: nn.Module, algebra: Algebra, ignore: Callable[[str], bool],
+                   tagged: list[Tensor]) -> tuple[dict[str, Node], dict[str, str], frozenset[str]]:  # fmt: skip
+    """Fresh labels on every dimension of every parameter and buffer; tied tensors are labelled once."""
+    tensors: dict[str, Node] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    parameters = set()
+    for name, tensor, is_parameter in named_tensors(model):
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        tagged.append(tensor)
+        if hasattr(tensor, _NODE):
+            delattr(tensor, _NODE)
+        node = node_of(tensor)
+        node.name = name
+        tensors[name] = node
+        if is_parameter:
+            parameters.add(name)
+            node.source = node
+        if tensor.is_floating_point() and tensor.numel() > 1:
+            node.planes = [
+                place(algebra.labels.fresh(size, strong=is_parameter), dim, tensor.dim())
+                for dim, size in enumerate(tensor.shape)
+                if size > 1
+            ]
+            if ignore(name):
+                for plane in node.planes:
+                    algebra.labels.freeze(plane, Reason("ignored on request"))
+    return tensors, aliases, frozenset(parameters)
+
+
+def _settle(result: Trace) -> None:
+    """Freezes what cannot be a unit, until every tensor that Python sees stays a box after any cut."""
+    algebra = result.algebra
+    for node in result.outputs:
+        for plane in algebra.get(node):
+            algebra.labels.freeze(plane, Reason("the model's output"))
+    _freeze_unused(result)
+    make_rectangular(result)
+    roots = result.labels.roots()
+    weak = torch.unique(roots[~result.labels.is_strong(roots)])
+    algebra.labels.freeze(weak, Reason("only buffers carry it"))
+
+
+def _freeze_unused(result: Trace) -> None:
+    """Labels that no operation on the input touched (rows of a table beyond the input's size) are not units."""
+    labels = result.labels
+    seen = torch.zeros(len(labels), dtype=torch.bool)
+    done: set[int] = set()
+    for op in result.ops:
+        for node in nodes_in((op.args, op.kwargs, op.out)):
+            if node.depends and node.uid not in done:
+                done.add(node.uid)
+                for plane in node.planes:
+                    seen[labels.find(plane).flatten()] = True
+    for consumption in result.algebra.consumptions:
+        for plane in consumption.planes:
+            seen[labels.find(plane).flatten()] = True
+    roots = torch.unique(labels.roots())
+    labels.freeze(roots[~seen[roots]], Reason("no operation on the input uses it"))
+
+
+def make_rectangular(result: Trace) -> None:
+    """Ties planes that vary along several dimensions of a tensor that Python code sees.
+
+    Such a tensor would not be a box after a cut. Of its dimensions the one that keeps most labels stays free.
+    """
+    algebra = result.algebra
+    nodes: dict[int, Node] = {}
+    for call in result.calls:
+        for node in nodes_in((call.args, call.kwargs, call.out)):
+            if any(len(varying(plane)) > 1 for plane in node.planes):
+                nodes[node.uid] = node
+    for node in result.tensors.values():
+        nodes[node.uid] = node
+    for _ in range(_MAX_RECTANGLE_ROUNDS):
+        changed = False
+        for node in nodes.values():
+            for plane in algebra.get(node):
+                dims = varying(plane)
+                if len(dims) > 1:
+                    best = max(sorted(dims), key=lambda dim: _classes_left(plane, dim))
+                    algebra.coarsen_or_freeze(plane, dims - {best}, "a cut must leave a box")
+                    changed = True
+        if not changed:
+            return
+
+
+def _classes_left(plane: Tensor, dim: int) -> int:
+    """How many classes remain when ``plane`` is tied along every dimension but ``dim``."""
+    values, compact = torch.unique(plane, return_inverse=True)
+    local = Labels()
+    start = local.fresh(values.numel())
+    if int(values[0]) == FROZEN:
+        local.freeze(start[:1], Reason("frozen"))
+    compact = compact.reshape(plane.shape) + 1
+    first = compact
+    for other in varying(plane) - {dim}:
+        first = first.narrow(other, 0, 1)
+    local.union(compact, first, Reason("trial"))
+    left = torch.unique(compress(local.find(first)))
+    return int((left != FROZEN).sum())
