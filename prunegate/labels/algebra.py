@@ -26,13 +26,11 @@ class Consumption:
 
     Attributes:
         op: The contraction.
-        nodes: Its operands that carry the contracted labels.
-        planes: For each of ``nodes``, the contracted plane as it was (raw labels, in the operand's coordinates).
+        operands: The operands that carry the contracted labels, each with its contracted dimensions.
     """
 
     op: Op
-    nodes: tuple[Node, ...]
-    planes: tuple[Tensor, ...]
+    operands: tuple[tuple[Node, frozenset[int]], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +50,21 @@ class Reduction:
 
 @dataclass
 class Algebra:
-    """The state of one labelling: the labels, and the events that masked execution needs."""
+    """The state of one labelling.
+
+    Attributes:
+        labels: The union-find.
+        consumptions: Where labels end, in order.
+        reductions: Where statistics over labelled positions are taken, in order.
+        kinds: Labels that mean more than a channel, each with the kind ("head", "norm_group", "conv_group").
+        op: The operation that is being handled.
+        module_name: Qualified name of the module that a frame belongs to, for messages.
+    """
 
     labels: Labels = field(default_factory=Labels)
     consumptions: list[Consumption] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
+    kinds: list[tuple[str, Tensor]] = field(default_factory=list)
     op: Op | None = None
     module_name: Callable[[FrameRecord | None], str] = lambda frame: ""
 
@@ -209,12 +217,27 @@ class Algebra:
     def contract(self, a: Node, b: Node, a_axes: str, b_axes: str, out_axes: str, why: str) -> list[Tensor]:
         """Planes of ``einsum(a_axes, b_axes -> out_axes)``; labels on a contracted axis join and end there."""
         summed = (set(a_axes) & set(b_axes)) - set(out_axes)
+        self._note_heads(a, b, a_axes, b_axes, out_axes)
         a_free, a_ended = self._split_contracted(a, a_axes, summed, why)
         b_free, b_ended = self._split_contracted(b, b_axes, summed, why)
         self._end(a, b, a_axes, b_axes, a_ended, b_ended, why)
         return self.align(
             [self._moved(a, a_axes, out_axes, a_free), self._moved(b, b_axes, out_axes, b_free)], why
         )
+
+    def _note_heads(self, a: Node, b: Node, a_axes: str, b_axes: str, out_axes: str) -> None:
+        """What indexes a product of two activations as a batch does, is a head."""
+        shared = set(a_axes) & set(b_axes) & set(out_axes)
+        if a.depends and b.depends and shared:
+            for plane in self.get(a):
+                if varying(plane) and {a_axes[dim] for dim in varying(plane)} <= shared:
+                    self.kinds.append(("head", plane))
+                elif {a_axes[dim] for dim in varying(plane)} & shared:
+                    within = [dim for dim in varying(plane) if a_axes[dim] not in shared]
+                    first = plane
+                    for dim in within:
+                        first = first.narrow(dim, 0, 1)
+                    self.kinds.append(("head", first))
 
     def _split_contracted(self, node: Node, axes: str, summed: set[str], why: str) -> tuple[list[Tensor], list[Tensor]]:
         free, ended = [], []
@@ -237,17 +260,17 @@ class Algebra:
             partners = [other for other in b_ended if axes_of(other, b_axes) == axes_of(plane, a_axes)]
             for other in partners:
                 self.union(plane.flatten(), other.flatten(), why)
-                self.consume((a, b), (plane, other))
+                self.consume((a, varying(plane)), (b, varying(other)))
             if not partners:
                 self.freeze(plane, f"{why}: summed against positions that cannot be removed")
         for other in b_ended:
             if not any(axes_of(plane, a_axes) == axes_of(other, b_axes) for plane in a_ended):
                 self.freeze(other, f"{why}: summed against positions that cannot be removed")
 
-    def consume(self, nodes: tuple[Node, ...], planes: tuple[Tensor, ...]) -> None:
-        """Notes that the labels of ``planes`` end in the operation being handled."""
+    def consume(self, *operands: tuple[Node, frozenset[int]]) -> None:
+        """Notes that labels on these dimensions of these operands end in the operation being handled."""
         assert self.op is not None
-        self.consumptions.append(Consumption(self.op, nodes, planes))
+        self.consumptions.append(Consumption(self.op, operands))
 
     def _moved(self, node: Node, axes: str, out_axes: str, planes: list[Tensor]) -> Operand:
         real = frozenset(

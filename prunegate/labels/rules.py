@@ -393,7 +393,7 @@ def _convolution(algebra: Algebra, op: Op) -> None:
     inputs = next((p.flatten() for p in weight_planes if varying(p) == {inputs_dim}), None)
     outputs = next((p.flatten() for p in weight_planes if varying(p) == {outputs_dim}), None)
     if groups == 1:
-        _join_or_freeze(algebra, op, channels, inputs, source.shape[1])
+        _join_or_freeze(algebra, op, channels, inputs, inputs_dim)
         made = outputs
     elif transposed:
         made = _transposed_grouped(algebra, channels, inputs, outputs, groups, out.shape[1])
@@ -412,12 +412,14 @@ def _convolution(algebra: Algebra, op: Op) -> None:
     algebra.put(out, passing)
 
 
-def _join_or_freeze(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor | None, size: int) -> None:
+def _join_or_freeze(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor | None,
+                    inputs_dim: int) -> None:  # fmt: skip
     """Input channels join the weight's input dimension and end here."""
+    source, weight = op.args[:2]
     if channels is not None and inputs is not None:
         algebra.union(channels, inputs, "convolution")
-        algebra.consume((op.args[0], op.args[1]), (channels, inputs))
-    elif size > 1:
+        algebra.consume((source, frozenset([1])), (weight, frozenset([inputs_dim])))
+    elif source.shape[1] > 1:
         for plane in (channels, inputs):
             if plane is not None:
                 algebra.freeze(plane, "convolution: summed against positions that cannot be removed")
@@ -434,7 +436,7 @@ def _grouped(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor |
         algebra.union(rows[0], inputs, "the same position of every group")
         made = outputs.view(groups, -1)
         algebra.union(made, made[:1], "the same position of every group")
-        algebra.consume((weight,), (inputs,))
+        algebra.consume((weight, frozenset([1])))
         return labels.find(outputs)
     if inputs is not None:
         algebra.freeze(inputs, "positions inside a convolution's group")
@@ -447,6 +449,8 @@ def _grouped(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor |
     algebra.union(rows, rows[:, :1], "channels of one group")
     algebra.union(made, made[:, :1], "channels of one group")
     algebra.union(rows[:, :1], made[:, :1], "a group's inputs and outputs")
+    if per_group > 1:
+        algebra.kinds.append(("conv_group", rows[:, :1]))
     return labels.find(outputs)
 
 
@@ -529,6 +533,7 @@ def _group_norm(algebra: Algebra, op: Op) -> None:
         if plane.shape[1] > 1 and groups > 1:
             members = plane.reshape(plane.shape[0], groups, -1)
             algebra.union(members, members[:, :, :1], "channels normalised together")
+            algebra.kinds.append(("norm_group", members[:, :, :1]))
         planes.append(plane)
     algebra.put(_outputs(op)[0], planes)
     if groups == 1:

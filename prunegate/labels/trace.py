@@ -321,9 +321,6 @@ def _freeze_unused(result: Trace) -> None:
                 done.add(node.uid)
                 for plane in node.planes:
                     seen[labels.find(plane).flatten()] = True
-    for consumption in result.algebra.consumptions:
-        for plane in consumption.planes:
-            seen[labels.find(plane).flatten()] = True
     roots = torch.unique(labels.roots())
     labels.freeze(roots[~seen[roots]], Reason("no operation on the input uses it"))
 
@@ -339,6 +336,10 @@ def make_rectangular(result: Trace) -> None:
         for node in nodes_in((call.args, call.kwargs, call.out)):
             if any(len(varying(plane)) > 1 for plane in node.planes):
                 nodes[node.uid] = node
+    # The cost of a contraction is a product of lengths, so its operands must be boxes too.
+    for consumption in algebra.consumptions:
+        for node in nodes_in((consumption.op.args, consumption.op.out)):
+            nodes[node.uid] = node
     for node in result.tensors.values():
         nodes[node.uid] = node
     for _ in range(_MAX_RECTANGLE_ROUNDS):

@@ -1,0 +1,115 @@
+"""``attach``: from a model to a gated model."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunegate.cost import Cost
+from prunegate.errors import AttachError
+from prunegate.gated import GatedModel, example_input_of
+from prunegate.groups import find_frozen, freeze_kinds, make_groups
+from prunegate.install import install, running_copy
+from prunegate.labels.record import Call
+from prunegate.labels.trace import trace
+from prunegate.sites import find_sites
+from prunegate.slim.source import locate
+
+__all__ = ["attach"]
+
+_UNITS = ("channel", "head")
+
+
+def attach(model: nn.Module, example_input: Any = None, units: Collection[str] = _UNITS,
+           ignore: Collection[str] = ()) -> GatedModel:  # fmt: skip
+    """Puts a learnable gate on every removable unit of a model.
+
+    The model is run once, in eval mode; it is not changed. The result shares its parameters and buffers.
+
+    Args:
+        model: Any ``nn.Module`` that runs on ``example_input``.
+        example_input: A tensor, a tuple of positional or a dict of keyword inputs; costs are counted at its batch size.
+            For timm models it may be left out: a batch of one is made from the model's configuration.
+        units: Which kinds get gates: ``"channel"`` (every kind that is not a head) and ``"head"``.
+        ignore: Shell-style patterns of qualified module or parameter names; units that these parameters are part of
+            get no gate.
+
+    Returns:
+        The gated model, all gates open.
+
+    Raises:
+        AttachError: The model is gated already or does not run on the input, a pattern or kind matches nothing, or
+            no unit can be pruned.
+
+    Example:
+        >>> import torch, prunegate
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> gated = prunegate.attach(net, torch.randn(1, 4))
+        >>> [group.size for group in gated.groups]
+        [8]
+    """
+    _check(model, units)
+    inputs = example_input_of(model) if example_input is None else example_input
+    traced = trace(model, inputs, ignore=_matcher(model, ignore))
+    freeze_kinds(traced, units)
+
+    def place(call: Call) -> Any:
+        return locate(call.frame, call.name, traced.modules)
+
+    sites = find_sites(traced, place)
+    groups, gate_map = make_groups(traced, sites.consumed)
+    if not groups:
+        raise AttachError(
+            f"{type(model).__name__} has no unit that can be pruned: every dimension of its parameters is fixed by "
+            "its inputs, its outputs or an operation without a rule"
+        )
+    running = running_copy(model)
+    gates = install(running, sites, gate_map, traced.modules)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    gates.to(device)
+    return GatedModel(
+        dense=model,
+        running=running,
+        gates=gates,
+        groups=groups,
+        frozen=find_frozen(traced),
+        cost=Cost.of_trace(traced, gate_map, gates),
+        gate_map=gate_map,
+        trace=traced,
+        example_input=inputs,
+    )
+
+
+def _check(model: nn.Module, units: Collection[str]) -> None:
+    if not isinstance(model, nn.Module):
+        raise AttachError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
+    if any(isinstance(module, GatedModel) for module in model.modules()):
+        raise AttachError("the model is gated already; export() it first, or attach to the original model")
+    unknown = [unit for unit in units if unit not in _UNITS]
+    if isinstance(units, str) or unknown or not units:
+        raise AttachError(f"units={units!r} was given; expected one or more of {_UNITS}, in a tuple")
+
+
+def _matcher(model: nn.Module, patterns: Collection[str]) -> Any:
+    """Says of a parameter's name whether a pattern matches it, its module, or a module around it."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_modules()]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise AttachError(
+                f"ignore pattern {pattern!r} matches no module and no parameter; names look like {names[0]!r} "
+                "(shell-style wildcards are allowed)"
+            )
+
+    def matches(name: str) -> bool:
+        parts = name.split(".")
+        ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatchcase(each, pattern) for each in ancestors for pattern in patterns)
+
+    return matches

@@ -1,0 +1,167 @@
+"""The logits of all gates of a model in one parameter, and the sample of this step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prunegate.gumbel import gumbel_sigmoid
+
+__all__ = ["NOISE_FLOOR", "Gates", "Phase", "Sample"]
+
+NOISE_FLOOR = 0.02
+"""Below this scale the noise no longer changes a draw, only the rounding of ``logits / noise``."""
+
+Phase = Literal["open", "score", "search", "fixed"]
+
+
+class Sample:
+    """The gates of this step, one piece per site. Read by every consumer during forward and recomputation.
+
+    A copy starts empty: a sample belongs to one forward of one model.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: Sequence[Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
+        copy = Sample()
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce__(self) -> tuple[type[Sample], tuple[()]]:
+        return Sample, ()
+
+
+class Gates(nn.Module):
+    """Every gate of a model: one flat vector of logits, sampled by one call per forward.
+
+    Attributes:
+        logits: float32 ``[n_gates]``; the chance that a gate is open is ``sigmoid(logits / noise)``.
+        phase: ``"open"``: no gating at all. ``"score"``: every gate is 1 and the gradient that reaches a logit is that
+            of its gate. ``"search"``: in train mode one hard sample a forward, in eval mode the selector's mask.
+            ``"fixed"``: ``fixed_mask`` in both modes.
+        fixed_mask: bool ``[n_gates]``, the mask of phase ``"fixed"``.
+        selector: Gives the current hard mask in phase ``"search"``.
+        sample: What consumers read.
+
+    Args:
+        n_gates: Number of gates.
+        site_gates: For each site, the gate of each of its positions (int64, any shape, -1 where always open).
+        shapes: For each site, the shape in which its gates broadcast against what they multiply.
+    """
+
+    fixed_mask: Tensor
+    settings: Tensor
+    index: Tensor
+
+    def __init__(self, n_gates: int, site_gates: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(n_gates))
+        self.phase: Phase = "open"
+        self.selector: Callable[[], Tensor] | None = None
+        self.sample = Sample()
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._sizes = [gates.numel() for gates in site_gates]
+        flat = torch.cat([gates.reshape(-1) for gates in site_gates]) if site_gates else torch.zeros(0).long()
+        # Positions that are always there read the constant 1 that is appended to the gates.
+        self.register_buffer("index", torch.where(flat < 0, n_gates, flat), persistent=False)
+        self.register_buffer("fixed_mask", torch.ones(n_gates, dtype=torch.bool), persistent=False)
+        # Temperature and noise are tensors so that a compiled step is not compiled again as they move.
+        self.register_buffer("settings", torch.tensor([1.0, 1.0]), persistent=False)
+        self._gathered: Tensor | None = None
+        self._watch()
+
+    @property
+    def tau(self) -> float:
+        """Temperature of the relaxed gate whose gradient is used, above 0."""
+        return float(self.settings[0])
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self.settings[0] = value
+
+    @property
+    def noise(self) -> float:
+        """Scale of the logistic noise, 0 to 1; values under the floor act as the floor."""
+        return float(self.settings[1])
+
+    @noise.setter
+    def noise(self, value: float) -> None:
+        self.settings[1] = value
+
+    def probabilities(self) -> Tensor:
+        """The chance that each gate is open, ``[n_gates]`` in (0, 1), differentiable."""
+        return torch.sigmoid(self.logits / self.settings[1].clamp(min=NOISE_FLOOR))
+
+    def mask(self) -> Tensor:
+        """The current hard mask, bool ``[n_gates]``."""
+        if self.phase == "fixed":
+            return self.fixed_mask
+        if self.phase == "search" and self.selector is not None:
+            return self.selector()
+        return torch.ones_like(self.fixed_mask)
+
+    def draw(self, training: bool) -> None:
+        """Sets the sample that consumers read, for the forward that follows.
+
+        Hard values in the forward; the gradient is that of the relaxed gate (straight-through, Jang et al.,
+        arXiv 1611.01144), so that closed gates learn too.
+        """
+        if self.phase == "open":
+            self.sample.pieces = None
+            return
+        if self.phase == "score":
+            gates = 1 + (self.logits - self.logits.detach())
+        elif self.phase == "search" and training:
+            noise = self.settings[1].clamp(min=NOISE_FLOOR)
+            gates = gumbel_sigmoid(self.logits / noise, self.settings[0] / noise, hard=True)
+        else:
+            soft = torch.sigmoid(self.logits / self.settings[0])
+            gates = self.mask().to(soft.dtype) + (soft - soft.detach())
+        padded = torch.cat([gates, gates.new_ones(1)])
+        pieces = padded.index_select(0, self.index).split(self._sizes)
+        self.sample.pieces = tuple(piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True))
+
+    def take_gradient(self) -> Tensor | None:
+        """The gradient of the logits gathered by backward passes since the last call, ``[n_gates]``, or ``None``."""
+        gathered, self._gathered = self._gathered, None
+        return gathered
+
+    def _watch(self) -> None:
+        # The user's optimizer must never see a gradient here: whatever backward leaves is moved away at once.
+        reference = weakref.ref(self)
+
+        def move(parameter: Tensor) -> None:
+            gates, gradient = reference(), parameter.grad
+            parameter.grad = None
+            if gates is not None and gradient is not None:
+                gates._gathered = gradient if gates._gathered is None else gates._gathered + gradient
+
+        self.logits.register_post_accumulate_grad_hook(move)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
+        copy = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copy
+        from copy import deepcopy
+
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_gathered", "selector")}
+        copy.__dict__.update(deepcopy(state, memo))
+        copy._gathered = None
+        copy.selector = self.selector
+        copy._watch()
+        return copy
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
+        before = self.logits
+        super()._apply(fn, recurse)
+        # Half precision is for the network; a logit moves by steps that half precision cannot hold.
+        self.logits.data = self.logits.data.float()
+        self.settings = self.settings.float()
+        if self.logits is not before:
+            self._watch()
+        return self

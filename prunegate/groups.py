@@ -1,0 +1,191 @@
+"""Label classes become gates, and gates with the same signature become groups."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunegate.labels.planes import varying
+from prunegate.labels.trace import Trace
+from prunegate.labels.unionfind import FROZEN, Reason
+
+__all__ = ["ALWAYS", "Frozen", "GateMap", "Group", "find_frozen", "freeze_kinds", "make_groups"]
+
+ALWAYS = -1
+"""The gate index of a position that is always there."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Gates that remove positions of the same tensors.
+
+    Attributes:
+        name: Qualified name of the first module that produces the units; unique in the model.
+        kind: What a unit is: ``"channel"``, ``"head"``, ``"norm_group"`` or ``"conv_group"``.
+        slice: Where the group's gates stand in the model's flat vector of logits.
+        members: The (tensor name, dimension) pairs from which a unit's positions are removed.
+    """
+
+    name: str
+    kind: str
+    slice: slice
+    members: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+        return int(self.slice.stop - self.slice.start)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Positions of one tensor dimension that cannot be pruned, for one reason.
+
+    Attributes:
+        tensor: Qualified name of the parameter.
+        dim: Its dimension.
+        count: Number of frozen positions.
+        total: Size of the dimension.
+        why: The rule that decided it.
+        operation: The operation that was being handled.
+        module: Qualified name of the module that called it.
+    """
+
+    tensor: str
+    dim: int
+    count: int
+    total: int
+    why: str
+    operation: str
+    module: str
+
+
+@dataclass(frozen=True, eq=False)
+class GateMap:
+    """Which gate decides about each position of each tensor dimension.
+
+    Attributes:
+        of_label: Gate of every label, int64 ``[number of labels]``, ``ALWAYS`` where there is none.
+        dims: For each (tensor name, dimension) that gates act on, the gate of each position, ``ALWAYS`` where none.
+        n_gates: Number of gates.
+    """
+
+    of_label: Tensor
+    dims: Mapping[tuple[str, int], Tensor]
+    n_gates: int
+
+
+def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tuple[Group, ...], GateMap]:
+    """Orders the live label classes into groups of gates.
+
+    Args:
+        trace: A finished labelling.
+        consumed: The (parameter name, dimension) pairs that some contraction sums over; they consume units, the
+            other dimensions of weights make them.
+
+    Returns:
+        The groups, in the order in which their first units appear among the model's tensors, and the map of gates.
+    """
+    labels = trace.labels
+    kinds = _kinds(trace)
+    planes = {
+        (name, next(iter(varying(plane)))): plane.flatten()
+        for name, node in trace.tensors.items()
+        for plane in trace.algebra.get(node)
+    }
+    # Classes with the same set of (tensor, dim) share the xor of the sets' random words.
+    words = torch.randint(1, 2**62, (len(planes),), generator=torch.Generator().manual_seed(0))
+    signature = torch.zeros(len(labels), dtype=torch.int64)
+    for word, plane in zip(words, planes.values(), strict=True):
+        members = torch.unique(plane)
+        signature[members] ^= word
+    signature[FROZEN] = 0
+    live = torch.nonzero(signature).flatten()  # roots, in order of first appearance
+    _, group_of = torch.unique(signature[live], return_inverse=True)
+    first = torch.full((int(group_of.max()) + 1 if live.numel() else 0,), len(labels))
+    first.scatter_reduce_(0, group_of, live, "amin")
+    order = torch.argsort(first[group_of], stable=True)
+
+    of_label = torch.full((len(labels),), ALWAYS)
+    of_label[live[order]] = torch.arange(live.numel())
+    dims = {key: of_label[plane] for key, plane in planes.items()}
+    sizes = torch.bincount(group_of, minlength=first.numel())[torch.argsort(first)].tolist()
+    groups = _describe(trace, sizes, live[order], dims, kinds, consumed)
+    return groups, GateMap(of_label, {k: v for k, v in dims.items() if bool((v != ALWAYS).any())}, live.numel())
+
+
+def freeze_kinds(trace: Trace, units: Collection[str]) -> None:
+    """Freezes the kinds of units that ``units`` leaves out; ``"channel"`` is every kind that is not ``"head"``."""
+    labels = trace.labels
+    roots = torch.unique(labels.roots())
+    heads = torch.zeros(len(labels), dtype=torch.bool)
+    heads[[root for root, kind in _kinds(trace).items() if kind == "head"]] = True
+    if "head" not in units:
+        labels.freeze(roots[heads[roots]], Reason('units= leaves out "head"'))
+    if "channel" not in units:
+        labels.freeze(roots[~heads[roots]], Reason('units= leaves out "channel"'))
+
+
+def _kinds(trace: Trace) -> dict[int, str]:
+    """Kind of every live label class that is more than a channel, by its root."""
+    kinds: dict[int, str] = {}
+    for kind, plane in trace.algebra.kinds:
+        for root in torch.unique(trace.labels.find(plane)).tolist():
+            if root != FROZEN and kinds.get(root) != "head":
+                kinds[root] = kind
+    return kinds
+
+
+def _describe(trace: Trace, sizes: list[int], roots: Tensor, dims: Mapping[tuple[str, int], Tensor],
+              kinds: Mapping[int, str], consumed: Collection[tuple[str, int]]) -> tuple[Group, ...]:  # fmt: skip
+    members: list[list[tuple[str, int]]] = [[] for _ in sizes]
+    starts = torch.tensor([0, *sizes]).cumsum(0)
+    for key, gates in dims.items():
+        live = gates[gates != ALWAYS]
+        for group in torch.unique(torch.bucketize(live, starts[1:], right=True)).tolist():
+            members[group].append(key)
+    taken: dict[str, int] = {}
+    groups = []
+    for index, size in enumerate(sizes):
+        start = int(starts[index])
+        name = _group_name(trace, members[index], consumed)
+        taken[name] = taken.get(name, 0) + 1
+        if taken[name] > 1:
+            name = f"{name}#{taken[name]}"
+        kind = kinds.get(int(roots[start]), "channel")
+        groups.append(Group(name, kind, slice(start, start + size), tuple(members[index])))
+    return tuple(groups)
+
+
+def _group_name(trace: Trace, members: list[tuple[str, int]], consumed: Collection[tuple[str, int]]) -> str:
+    """The first module whose weight makes the units; else the first module, else the first tensor, that has them."""
+    producers = [
+        name
+        for name, dim in members
+        if name in trace.parameters and trace.tensors[name].ndim > 1 and (name, dim) not in consumed and "." in name
+    ]
+    owned = producers or [name for name, _ in members if "." in name]
+    return owned[0].rpartition(".")[0] if owned else members[0][0]
+
+
+def find_frozen(trace: Trace) -> tuple[Frozen, ...]:
+    """What cannot be pruned: for each dimension of each parameter, how many positions are frozen and why."""
+    found = []
+    for name in trace.tensors:
+        if name not in trace.parameters:
+            continue
+        node = trace.tensors[name]
+        for plane in node.planes:
+            dim = next(iter(varying(plane)))
+            own = plane.flatten()
+            frozen = own[trace.labels.find(own) == FROZEN]
+            counts: dict[Reason, int] = {}
+            for label in frozen.tolist():
+                reason = trace.labels.reason(label) or Reason("frozen")
+                counts[reason] = counts.get(reason, 0) + 1
+            for reason, count in counts.items():
+                found.append(Frozen(name, dim, count, own.numel(), reason.why, reason.operation, reason.module))
+    return tuple(found)

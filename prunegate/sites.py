@@ -1,0 +1,252 @@
+"""Where gates act: the consumers of units, and the statistics that must be taken over kept positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunegate.labels.algebra import Consumption, Reduction
+from prunegate.labels.planes import varying
+from prunegate.labels.record import Call, Node, nodes_in
+from prunegate.labels.trace import Trace
+from prunegate.labels.unionfind import FROZEN, Reason
+from prunegate.masked import MASKED_CALLS
+
+__all__ = ["OperandSite", "ParameterSite", "Sites", "StatisticSite", "find_sites"]
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterSite:
+    """A parameter's input dimension, which the gate multiplies whenever its module reads it.
+
+    Attributes:
+        name: The parameter's qualified name in the module that reads it.
+        dim: The gated dimension.
+        plane: Labels, shaped to broadcast against the parameter.
+    """
+
+    name: str
+    dim: int
+    plane: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class OperandSite:
+    """An operand of one Python-level contraction, gated inside that call.
+
+    Attributes:
+        call: The call.
+        argument: Position of the operand among the call's tensors, in order.
+        plane: Labels, shaped to broadcast against the operand.
+    """
+
+    call: Call
+    argument: int
+    plane: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticSite:
+    """A Python-level reduction or normalisation, replaced by its masked form.
+
+    Attributes:
+        call: The call.
+        plane: Labels, shaped to broadcast against the call's first tensor.
+    """
+
+    call: Call
+    plane: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """All the places where the gates of one model act."""
+
+    parameters: tuple[ParameterSite, ...]
+    operands: tuple[OperandSite, ...]
+    statistics: tuple[StatisticSite, ...]
+
+    @property
+    def consumed(self) -> frozenset[tuple[str, int]]:
+        """The (parameter, dimension) pairs that consume units."""
+        return frozenset((site.name, site.dim) for site in self.parameters)
+
+
+Locate = Callable[[Call], Hashable | None]
+"""Gives the place in the source of a module's method where a call is made; ``None`` where it cannot be edited."""
+
+
+def find_sites(trace: Trace, locate: Locate) -> Sites:
+    """Finds where each live label must act, and freezes the labels for which there is no such place.
+
+    Args:
+        trace: A labelling; labels may be frozen here.
+        locate: Where a call stands in the source, if it can be edited there.
+
+    Returns:
+        The sites. Nothing that stays unfrozen lacks one.
+    """
+    while True:
+        before = _live(trace)
+        sites = _find_once(trace, locate)
+        if _live(trace) == before:
+            return sites
+
+
+def _live(trace: Trace) -> int:
+    return int((trace.labels.roots() != FROZEN).sum())
+
+
+def _find_once(trace: Trace, locate: Locate) -> Sites:
+    origins = _Origins(trace)
+    parameters: dict[tuple[str, int], ParameterSite] = {}
+    operands: dict[Hashable, OperandSite] = {}
+    statistics: dict[Hashable, StatisticSite] = {}
+    for event in trace.algebra.consumptions:
+        if not _is_live(trace, event):
+            continue
+        owned = list(_parameter_sites(trace, origins, event))
+        for site in owned:
+            parameters[site.name, site.dim] = site
+        if not owned and not _add(trace, operands, _operand_site(trace, event), locate):
+            node, dims = event.operands[0]
+            for plane in trace.algebra.get(node):
+                if varying(plane) <= dims:
+                    _freeze(trace, plane, event, "no place where its gate could act")
+    for reduction in trace.algebra.reductions:
+        plane = trace.labels.find(reduction.plane)
+        if bool((plane != FROZEN).any()) and not _add(trace, statistics, _statistic_site(trace, reduction), locate):
+            _freeze(trace, plane, reduction, "this statistic has no masked form")
+    return Sites(tuple(parameters.values()), tuple(operands.values()), tuple(statistics.values()))
+
+
+def _add(trace: Trace, found: dict[Hashable, Any], site: Any, locate: Locate) -> bool:
+    """Files a call's site under its place in the source. One line that serves several units tells them not apart."""
+    place = None if site is None else locate(site.call)
+    if place is None:
+        return False
+    key = (place, varying(site.plane))
+    earlier = found.setdefault(key, site)
+    return torch.equal(trace.labels.find(earlier.plane), trace.labels.find(site.plane))
+
+
+def _freeze(trace: Trace, plane: Tensor, event: Consumption | Reduction, why: str) -> None:
+    trace.labels.freeze(plane, Reason(why, event.op.name, _module(trace, event)))
+
+
+def _module(trace: Trace, event: Consumption | Reduction) -> str:
+    call = event.op.call
+    return trace.algebra.module_name(call.frame if call else None)
+
+
+def _is_live(trace: Trace, event: Consumption) -> bool:
+    node, dims = event.operands[-1]
+    return any(varying(plane) <= dims for plane in trace.algebra.get(node))
+
+
+class _Origins:
+    """For a rearranged parameter, which of the parameter's dimensions a dimension of the rearrangement came from.
+
+    A rearranged parameter keeps the raw labels that its dimensions were born with, so a label tells its origin.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        self._keys: list[tuple[str, int]] = []
+        starts = []
+        for name, node in trace.tensors.items():
+            for plane in node.planes:
+                self._keys.append((name, next(iter(varying(plane)))))
+                starts.append(int(plane.flatten()[0]))
+        self._starts = torch.tensor(starts)
+
+    def of(self, node: Node, dims: frozenset[int]) -> list[int]:
+        """Dimensions of ``node.source`` that the contracted dimensions ``dims`` of ``node`` came from."""
+        assert node.source is not None
+        found = set()
+        for plane in node.planes:
+            if varying(plane) and varying(plane) <= dims:
+                owners = torch.unique(torch.bucketize(plane.flatten(), self._starts, right=True) - 1).tolist()
+                found |= {self._keys[at][1] for at in owners if self._keys[at][0] == node.source.name}
+        return sorted(found)
+
+
+def _parameter_sites(trace: Trace, origins: _Origins, event: Consumption) -> Iterator[ParameterSite]:
+    for node, dims in reversed(event.operands):
+        if node.source is None or node.source.name is None:
+            continue
+        for dim in origins.of(node, dims):
+            labels = trace.along(node.source, dim)
+            if labels is not None:
+                shape = [1] * node.source.ndim
+                shape[dim] = labels.numel()
+                for name in _readers(trace, node.source.name, event):
+                    yield ParameterSite(name, dim, labels.reshape(shape))
+        return
+
+
+def _readers(trace: Trace, name: str, event: Consumption) -> list[str]:
+    """The names by which a (perhaps tied) parameter is read at this event."""
+    names = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
+    if len(names) == 1:
+        return names
+    module = _module(trace, event)
+    own = [each for each in names if each.rpartition(".")[0] == module]
+    return own or names
+
+
+# For each Python-level contraction: (position among its tensors, contracted dimension) of the operands to gate.
+_CONTRACTED: dict[str, tuple[tuple[int, int], ...]] = {
+    **dict.fromkeys(("matmul", "__matmul__", "bmm", "mm"), ((0, -1), (1, -2))),
+    "linear": ((0, -1), (1, -1)),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ((0, 1), (1, 1))),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), ((0, 1), (1, 0))),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), ((1, -1), (2, -2))),
+    "scaled_dot_product_attention": ((0, -1), (1, -1)),
+}
+
+
+def _operand_site(trace: Trace, event: Consumption) -> OperandSite | None:
+    call = event.op.call
+    if call is None:
+        return None
+    tensors = list(nodes_in((call.args, call.kwargs)))
+    candidates = _einsum_operands(call, tensors) if call.name == "einsum" else _CONTRACTED.get(call.name, ())
+    best: OperandSite | None = None
+    for argument, dim in candidates:
+        node = tensors[argument]
+        if node.ndim == 1:
+            dim = -1
+        for plane in trace.algebra.get(node):
+            if varying(plane) == {dim % node.ndim}:
+                if best is None or node.numel() < tensors[best.argument].numel():
+                    best = OperandSite(call, argument, plane)
+    return best
+
+
+def _einsum_operands(call: Call, tensors: Sequence[Node]) -> tuple[tuple[int, int], ...]:
+    equation = call.args[0]
+    if not isinstance(equation, str) or "..." in equation or "->" not in equation:
+        return ()
+    left, _, right = equation.replace(" ", "").partition("->")
+    return tuple(
+        (at, dim)
+        for at, letters in enumerate(left.split(",")[: len(tensors)])
+        for dim, letter in enumerate(letters)
+        if letter not in right
+    )
+
+
+def _statistic_site(trace: Trace, event: Reduction) -> StatisticSite | None:
+    call = event.op.call
+    if call is None or call.name not in MASKED_CALLS:
+        return None
+    node = next(nodes_in((call.args, call.kwargs)), None)
+    wanted = torch.unique(trace.labels.find(event.plane))
+    for plane in trace.algebra.get(node) if node is not None else []:
+        if len(varying(plane)) == 1 and torch.equal(torch.unique(plane), wanted):
+            return StatisticSite(call, plane)
+    return None
