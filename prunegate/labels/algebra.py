@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from prunegate.labels.planes import compress, pad_to, varying
@@ -131,14 +132,23 @@ class Algebra:
         return plane
 
     def _one_per_dims(self, planes: list[Tensor]) -> list[Tensor]:
+        """Leaves at most one plane on each set of dimensions.
+
+        Two different planes on the same dimensions (kernel and input positions of a flattened filter) would make a
+        position's fate hang on two units; the one with fewer labels gives way.
+        """
         by_dims: dict[frozenset[int], Tensor] = {}
         for plane in planes:
             dims = varying(plane)
-            if dims in by_dims:
-                self.union(by_dims[dims], plane, "two planes on the same dimensions")
-            else:
+            other = by_dims.get(dims)
+            if other is None:
                 by_dims[dims] = plane
-        return [self.labels.find(plane) for plane in by_dims.values()]
+            elif not torch.equal(self.labels.find(other), self.labels.find(plane)):
+                fewer, more = sorted((other, plane), key=lambda p: torch.unique(p).numel())
+                self.freeze(fewer, "two kinds of units on one dimension")
+                by_dims[dims] = more
+        canonical = [compress(self.labels.find(plane)) for plane in by_dims.values()]
+        return [plane for plane in canonical if bool((plane != FROZEN).any())]
 
     # ------------------------------------------------------------------ element-wise alignment
 
@@ -209,7 +219,9 @@ class Algebra:
     def operand(self, node: Node, ndim: int) -> Operand:
         """``node`` in the coordinates of an ``ndim``-dimensional result that it broadcasts to."""
         offset = ndim - node.ndim
-        real = frozenset(dim + offset for dim, size in enumerate(node.shape) if size > 1)
+        real = frozenset(
+            dim + offset for dim, size in enumerate(node.shape) if size > 1 and dim not in node.repeated
+        )
         return [pad_to(plane, ndim) for plane in self.get(node)], real
 
     # ------------------------------------------------------------------ contraction

@@ -29,6 +29,7 @@ class Node:
         name: Qualified name where the tensor is a parameter or buffer, else ``None``.
         source: The parameter that the tensor is only a rearrangement of, if there is one (itself for a parameter).
         depends: Whether the tensor depends on the model's input.
+        repeated: Dimensions along which one value is expanded; they broadcast against anything.
         base: The tensor whose memory this one shares, where it is a view.
         value: The data itself, kept only of integer and boolean tensors that do not depend on the input's values
             (they are indices or masks).
@@ -41,6 +42,7 @@ class Node:
     name: str | None = None
     source: Node | None = None
     depends: bool = False
+    repeated: frozenset[int] = frozenset()
     base: Node | None = None
     value: Tensor | None = None
     uid: int = field(default_factory=lambda: next(_uids))

@@ -170,6 +170,7 @@ def node_of(tensor: Tensor) -> Node:
     node: Node | None = getattr(tensor, _NODE, None)
     if node is None:
         node = Node(tuple(tensor.shape), tensor.dtype)
+        node.repeated = frozenset(d for d, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[d] > 1)
         if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
             node.value = tensor.detach() if tensor.requires_grad else tensor
         setattr(tensor, _NODE, node)
