@@ -183,8 +183,8 @@ def find_frozen(trace: Trace) -> tuple[Frozen, ...]:
             own = plane.flatten()
             frozen = own[trace.labels.find(own) == FROZEN]
             counts: dict[Reason, int] = {}
-            for label in frozen.tolist():
-                reason = trace.labels.reason(label) or Reason("frozen")
+            for known in trace.labels.reasons(frozen):
+                reason = known or Reason("frozen")
                 counts[reason] = counts.get(reason, 0) + 1
             for reason, count in counts.items():
                 found.append(Frozen(name, dim, count, own.numel(), reason.why, reason.operation, reason.module))

@@ -80,16 +80,24 @@ class Algebra:
 
     def get(self, node: Node) -> list[Tensor]:
         """The planes of ``node`` in canonical labels, at most one for each set of dimensions, frozen ones left out."""
+        if not node.planes:
+            return []
+        if node.known_at == self.labels.version and node.known is not None:
+            return node.known
         planes = []
         for plane in node.planes:
             plane = compress(self.labels.find(plane))
-            if bool((plane != FROZEN).any()):
+            if bool(plane.any()):  # FROZEN is 0
                 planes.append(plane)
-        return self._one_per_dims(planes) if len(planes) > 1 else planes
+        if len(planes) > 1:
+            planes = self._one_per_dims(planes)
+        node.known, node.known_at = planes, self.labels.version
+        return planes
 
     def put(self, node: Node, planes: Iterable[Tensor]) -> None:
         """Gives ``node`` its planes."""
         kept = []
+        node.known = None
         for plane in planes:
             plane = compress(plane)
             if plane.numel() == 1:
@@ -158,6 +166,9 @@ class Algebra:
         Equal sets of dimensions join position by position; overlapping sets are coarsened to their intersection
         first; a plane that has no counterpart survives only along dimensions on which the other operands broadcast.
         """
+        same = self._align_alike(operands, why)
+        if same is not None:
+            return same
         planes = [list(operand) for operand, _ in operands]
         for _ in range(_MAX_ROUNDS):
             changed = False
@@ -168,6 +179,26 @@ class Algebra:
             if not changed:
                 break
         return self._one_per_dims([p for operand in planes for p in operand if bool((p != FROZEN).any())])
+
+    def _align_alike(self, operands: Sequence[Operand], why: str) -> list[Tensor] | None:
+        """The common case at once: all planes vary along the same dimensions, where no operand lacks one."""
+        planes = [plane for each, _ in operands for plane in each]
+        if not planes:
+            return []
+        dims = varying(planes[0])
+        if any(len(each) > 1 or (not each and real & dims) for each, real in operands):
+            return None
+        if any(plane.shape != planes[0].shape for plane in planes[1:]):
+            return None
+        changed = False
+        for plane in planes[1:]:
+            changed |= self.union(planes[0], plane, why)
+        if not changed:
+            return [planes[0]]
+        plane = compress(self.labels.find(planes[0]))
+        if varying(plane) != dims:
+            return None  # tied by the union itself; the general way settles it
+        return [plane] if bool(plane.any()) else []
 
     def _align_one(self, planes: list[list[Tensor]], operands: Sequence[Operand], i: int, a: int, why: str) -> bool:
         changed = False

@@ -33,6 +33,8 @@ class Node:
         base: The tensor whose memory this one shares, where it is a view.
         value: The data itself, kept only of integer and boolean tensors that do not depend on the input's values
             (they are indices or masks).
+        known: The planes in canonical labels, as they were found last.
+        known_at: The version of the labels at which they were found.
         uid: A number that is unique in the process.
     """
 
@@ -45,6 +47,8 @@ class Node:
     repeated: frozenset[int] = frozenset()
     base: Node | None = None
     value: Tensor | None = None
+    known: list[Tensor] | None = None
+    known_at: int = -1
     uid: int = field(default_factory=lambda: next(_uids))
 
     @property
@@ -146,6 +150,16 @@ def capture_frame(frame: FrameType | None, depth: int = 0) -> FrameRecord | None
 
 def nodes_in(tree: Any) -> Iterator[Node]:
     """Yields the nodes anywhere in a nested structure of arguments."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Node):
-            yield leaf
+    if isinstance(tree, Node):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from nodes_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from nodes_in(item)
+    elif type(tree) not in _LEAVES:
+        yield from (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Node))
+
+
+_LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, slice, complex])

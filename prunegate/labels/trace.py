@@ -179,7 +179,19 @@ def node_of(tensor: Tensor) -> Node:
 
 def to_nodes(tree: Any) -> Any:
     """Replaces every tensor in nested arguments by its node."""
+    if isinstance(tree, Tensor):
+        return node_of(tree)
+    kind = type(tree)
+    if kind is tuple or kind is list:
+        return kind([to_nodes(item) for item in tree])
+    if kind is dict:
+        return {key: to_nodes(item) for key, item in tree.items()}
+    if kind in _LEAVES:
+        return tree
     return tree_map(lambda leaf: node_of(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+_LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice, complex])
 
 
 @contextmanager
@@ -272,6 +284,8 @@ def _label_tensors(model: nn.Module, algebra: Algebra, ignore: Callable[[str], b
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     parameters = set()
+    labelled: list[tuple[Node, int]] = []
+    strong: list[bool] = []
     for name, tensor, is_parameter in named_tensors(model):
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
@@ -287,14 +301,18 @@ def _label_tensors(model: nn.Module, algebra: Algebra, ignore: Callable[[str], b
             parameters.add(name)
             node.source = node
         if tensor.is_floating_point() and tensor.numel() > 1:
-            node.planes = [
-                place(algebra.labels.fresh(size, strong=is_parameter), dim, tensor.dim())
-                for dim, size in enumerate(tensor.shape)
-                if size > 1
-            ]
-            if ignore(name):
-                for plane in node.planes:
-                    algebra.labels.freeze(plane, Reason("ignored on request"))
+            for dim, size in enumerate(tensor.shape):
+                if size > 1:
+                    labelled.append((node, dim))
+                    strong.append(is_parameter)
+    sizes = torch.tensor([node.shape[dim] for node, dim in labelled], dtype=torch.int64)
+    labels = algebra.labels.fresh(int(sizes.sum()), torch.tensor(strong, dtype=torch.bool).repeat_interleave(sizes))
+    for (node, dim), own in zip(labelled, labels.split(sizes.tolist()), strict=True):
+        node.planes.append(place(own, dim, node.ndim))
+    for name, node in tensors.items():
+        if ignore(name):
+            for plane in node.planes:
+                algebra.labels.freeze(plane, Reason("ignored on request"))
     return tensors, aliases, frozenset(parameters)
 
 

@@ -37,35 +37,45 @@ class Labels:
 
     A label is *strong* when a parameter made it and *weak* when a buffer did: a class is worth a gate only if one
     of its members is strong.
+
+    Attributes:
+        version: Grows with every union that changes something; what was found under one version stays true in it.
     """
 
     def __init__(self) -> None:
+        self.version = 0
         self._parent = torch.zeros(1, dtype=torch.int64)
         self._strong = torch.ones(1, dtype=torch.bool)
-        self._unions = 0
-        self._reasons: list[Reason] = []
+        # The same forest without the frozen class: from a frozen label up to the root by which it was frozen.
+        self._unfrozen = torch.zeros(1, dtype=torch.int64)
         self._frozen_by = torch.full((1,), -1, dtype=torch.int64)
+        self._reasons: list[Reason] = []
 
     def __len__(self) -> int:
         return self._parent.numel()
 
-    def fresh(self, count: int, strong: bool = True) -> Tensor:
-        """Makes ``count`` new labels, each a class of its own. Returns them, int64 ``[count]``."""
+    def fresh(self, count: int, strong: bool | Tensor = True) -> Tensor:
+        """Makes ``count`` new labels, each a class of its own.
+
+        Args:
+            count: How many.
+            strong: Whether they are strong; one bool for all, or a bool tensor ``[count]``.
+
+        Returns:
+            The labels, int64 ``[count]``.
+        """
         start = len(self)
         new = torch.arange(start, start + count)
         self._parent = torch.cat([self._parent, new])
-        self._strong = torch.cat([self._strong, torch.full((count,), strong)])
+        self._unfrozen = torch.cat([self._unfrozen, new])
+        flags = strong if isinstance(strong, Tensor) else torch.full((count,), strong)
+        self._strong = torch.cat([self._strong, flags])
         self._frozen_by = torch.cat([self._frozen_by, torch.full((count,), -1)])
         return new
 
     def find(self, labels: Tensor) -> Tensor:
         """Roots of ``labels`` (any shape)."""
-        root = self._parent[labels]
-        while True:
-            above = self._parent[root]
-            if torch.equal(above, root):
-                return root
-            root = above
+        return _find(self._parent, labels)
 
     def roots(self) -> Tensor:
         """The root of every label, int64 ``[len(self)]``."""
@@ -78,26 +88,35 @@ class Labels:
 
     def union(self, a: Tensor, b: Tensor, reason: Reason) -> bool:
         """Joins the classes of ``a`` and ``b``, position by position (broadcasting). Returns whether any changed."""
-        a, b = torch.broadcast_tensors(self.find(a), self.find(b))
+        a, b = self.find(a), self.find(b)
         different = a != b
         if not bool(different.any()):
             return False
+        a, b = torch.broadcast_tensors(a, b)
         a, b = a[different], b[different]
-        touched = torch.unique(torch.cat([a, b]))
-        strong = self._strong[touched]
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        touched = torch.cat([low, high])
+        strong = touched[self._strong[touched]]
+        zero = low == FROZEN
+        if bool(zero.any()):
+            self._reasons.append(reason)
         # Hook every larger root onto the smallest root it must join; repeat on what is still apart.
-        while a.numel():
-            low, high = torch.minimum(a, b), torch.maximum(a, b)
+        while True:
             self._parent.scatter_reduce_(0, high, low, "amin")
+            frozen = high[low == FROZEN]
+            if frozen.numel():
+                self._frozen_by[frozen] = len(self._reasons) - 1
+            self._unfrozen.scatter_reduce_(0, high[low != FROZEN], low[low != FROZEN], "amin")
             a, b = self.find(low), self.find(high)
             apart = a != b
+            if not bool(apart.any()):
+                break
             a, b = a[apart], b[apart]
-        roots = self.find(touched)
-        self._strong[roots[strong]] = True
-        if bool(((roots == FROZEN) & (touched != FROZEN)).any()):
-            self._remember(reason)
-        self._unions += 1
-        if self._unions % _UNIONS_BETWEEN_FLATTENING == 0:
+            low, high = torch.minimum(a, b), torch.maximum(a, b)
+        if strong.numel():
+            self._strong[self.find(strong)] = True
+        self.version += 1
+        if self.version % _UNIONS_BETWEEN_FLATTENING == 0:
             self._flatten()
         return True
 
@@ -105,17 +124,19 @@ class Labels:
         """Joins ``labels`` with the frozen class."""
         self.union(labels.reshape(-1), torch.zeros(1, dtype=torch.int64), reason)
 
-    def reason(self, label: int) -> Reason | None:
-        """Why ``label`` is frozen; ``None`` where it is free or was born frozen."""
-        index = int(self._frozen_by[label])
-        return None if index < 0 else self._reasons[index]
-
-    def _remember(self, reason: Reason) -> None:
-        # Every label that now finds 0 and has no reason yet was frozen by this very union.
-        new = (self.find(torch.arange(len(self))) == FROZEN) & (self._frozen_by < 0)
-        new[FROZEN] = False
-        self._reasons.append(reason)
-        self._frozen_by[new] = len(self._reasons) - 1
+    def reasons(self, labels: Tensor) -> list[Reason | None]:
+        """Why each of ``labels`` (one-dimensional) is frozen; ``None`` where it is free or was born frozen."""
+        events = self._frozen_by[_find(self._unfrozen, labels)].tolist()
+        return [None if event < 0 else self._reasons[event] for event in events]
 
     def _flatten(self) -> None:
         self._parent = self.find(self._parent)
+
+
+def _find(parent: Tensor, labels: Tensor) -> Tensor:
+    root = parent[labels]
+    while True:
+        above = parent[root]
+        if torch.equal(above, root):
+            return root
+        root = above

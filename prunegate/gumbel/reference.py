@@ -1,0 +1,154 @@
+"""The samplers in eager code that can be checked by eye: the oracle of every faster path.
+
+Noise comes in as an argument, so that a path with noise of its own can be compared given the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunegate.gumbel import philox
+from prunegate.gumbel.arguments import Options
+
+
+def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
+    """``value`` with the gradient of ``surrogate``; exactly ``value``, because the difference added is exactly 0."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def softmax(logits: Tensor, noise: Tensor, options: Options, dim: int, conditional: Sequence[Tensor] = ()) -> Tensor:
+    """A sample of the Gumbel-softmax distribution, given its noise.
+
+    Args:
+        logits: Unnormalised log-probabilities, any shape.
+        noise: Standard Gumbel noise, the shape of ``logits``.
+        options: How to sample.
+        dim: The dimension of the categories.
+        conditional: For ``rao_samples``, as many tensors of Gumbel noise more, each the shape of ``logits``.
+
+    Returns:
+        The sample, the shape of ``logits``: probabilities, or one 1 along ``dim`` if ``options.hard``.
+    """
+    scores = logits + noise
+    if not options.hard:
+        value = torch.softmax(scores / options.tau, dim)
+        if options.tau_backward is None:
+            return value
+        return straight_through(value, torch.softmax(scores / options.tau_backward, dim))
+    index = scores.argmax(dim, keepdim=True) if logits.dim() else scores.new_zeros((), dtype=torch.int64)
+    value = torch.zeros_like(scores).scatter(dim, index, 1.0)
+    if options.estimator == "reinmax":
+        return straight_through(value, reinmax_softmax(logits, value, options, dim))
+    if options.rao_samples:
+        probability = torch.log_softmax(logits, dim).detach()
+        draws = [_gumbel_given(value, probability, extra, dim) for extra in conditional]
+        tau = options.surrogate_tau
+        relaxed = [torch.softmax((logits + (draw - logits).detach()) / tau, dim) for draw in draws]
+        return straight_through(value, torch.stack(relaxed).mean(0))
+    return straight_through(value, torch.softmax(scores / options.surrogate_tau, dim))
+
+
+def reinmax_softmax(logits: Tensor, value: Tensor, options: Options, dim: int) -> Tensor:
+    """What ReinMax differentiates (Liu et al., arXiv 2304.08612): Heun's second-order step instead of Euler's."""
+    probability = torch.softmax(logits, dim)
+    tempered = torch.softmax(logits / _reinmax_tau(options), dim)
+    middle = ((value + tempered) / 2).detach()
+    # A softmax whose value is `middle`, as a function of the logits around the present ones.
+    around = torch.softmax((middle.log() - logits).detach() + logits, dim)
+    return 2 * around - probability / 2
+
+
+def _reinmax_tau(options: Options) -> float | Tensor:
+    # The draw's own temperature means nothing to hard values; the paper's is 1 unless asked for.
+    return 1.0 if options.tau_backward is None else options.tau_backward
+
+
+def _gumbel_given(value: Tensor, log_probability: Tensor, noise: Tensor, dim: int) -> Tensor:
+    """Perturbed logits drawn again, given which of them is the largest (Paulus et al., arXiv 2010.04838)."""
+    # Exp(-noise) is an exponential arrival time. The winner's is the first arrival of all; the others come after it.
+    first = (noise * value).sum(dim, keepdim=True)
+    others = -torch.logaddexp(-noise - log_probability, -first)
+    return torch.where(value == 1, first, others)
+
+
+def sigmoid(logits: Tensor, noise: Tensor, options: Options, conditional: Sequence[Tensor] = ()) -> Tensor:
+    """A sample of one binary gate a logit, given its noise.
+
+    Args:
+        logits: Log-odds of the gates, any shape.
+        noise: Standard logistic noise, the shape of ``logits``.
+        options: How to sample.
+        conditional: For ``rao_samples``, as many tensors of logistic noise more, each the shape of ``logits``.
+
+    Returns:
+        The sample, the shape of ``logits``: numbers in (0, 1), or 0 and 1 if ``options.hard``.
+    """
+    scores = logits + noise
+    if not options.hard:
+        value = torch.sigmoid(scores / options.tau)
+        if options.tau_backward is None:
+            return value
+        return straight_through(value, torch.sigmoid(scores / options.tau_backward))
+    value = (scores > 0).to(scores.dtype)
+    if options.estimator == "reinmax":
+        return straight_through(value, reinmax_sigmoid(logits, value, options))
+    if options.rao_samples:
+        tau = options.surrogate_tau
+        draws = [_logistic_given(value, logits.detach(), extra) for extra in conditional]
+        relaxed = [torch.sigmoid((logits + (draw - logits).detach()) / tau) for draw in draws]
+        return straight_through(value, torch.stack(relaxed).mean(0))
+    return straight_through(value, torch.sigmoid(scores / options.surrogate_tau))
+
+
+def reinmax_sigmoid(logits: Tensor, value: Tensor, options: Options) -> Tensor:
+    """The two-way case of :func:`reinmax_softmax`, on logits (l, 0)."""
+    probability = torch.sigmoid(logits)
+    tempered = torch.sigmoid(logits / _reinmax_tau(options))
+    middle = ((value + tempered) / 2).detach()
+    around = torch.sigmoid((torch.logit(middle) - logits).detach() + logits)
+    return 2 * around - probability / 2
+
+
+def _logistic_given(value: Tensor, logits: Tensor, noise: Tensor) -> Tensor:
+    """Perturbed log-odds drawn again, given on which side of 0 they are."""
+    sign = 2 * value - 1
+    uniform = torch.nn.functional.logsigmoid(noise)
+    return sign * (torch.nn.functional.softplus(sign * logits + uniform) - (uniform - noise))
+
+
+def gumbel_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Gumbel noise as ``torch.nn.functional.gumbel_softmax`` makes it."""
+    return -torch.empty_like(logits).exponential_(generator=generator).log()
+
+
+def logistic_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Logistic noise, the difference of two Gumbel draws."""
+    return gumbel_noise(logits, generator) - gumbel_noise(logits, generator)
+
+
+def philox_places(logits: Tensor, dim: int, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Row and column that each logit's noise is keyed by, int64, the shape of ``logits``."""
+    count = torch.arange(logits.numel(), device=logits.device)
+    if offsets is not None:
+        row = torch.bucketize(count, offsets[1:], right=True)
+        return row, count - offsets[row]
+    moved = logits.movedim(dim, -1) if logits.dim() else logits
+    columns = moved.shape[-1] if logits.dim() else 1
+    row = torch.div(count, columns, rounding_mode="floor").reshape(moved.shape)
+    column = (count % columns).reshape(moved.shape)
+    return (row.movedim(-1, dim), column.movedim(-1, dim)) if logits.dim() else (row, column)
+
+
+def philox_gumbel(state: Tensor, logits: Tensor, dim: int, offsets: Tensor | None, draw: int = 0) -> Tensor:
+    """Gumbel noise of :mod:`prunegate.gumbel.philox` for rows along ``dim``, or for the rows that ``offsets`` mark."""
+    row, column = philox_places(logits, dim, offsets)
+    return philox.gumbel(philox.words(state, row, column, draw)).to(logits.dtype)
+
+
+def philox_logistic(state: Tensor, logits: Tensor, draw: int = 0) -> Tensor:
+    """Logistic noise of :mod:`prunegate.gumbel.philox`; all logits are one long row, in memory order of the shape."""
+    column = torch.arange(logits.numel(), device=logits.device).reshape(logits.shape)
+    return philox.logistic(philox.words(state, torch.zeros_like(column), column, draw)).to(logits.dtype)
