@@ -146,3 +146,28 @@ def make_offsets(segments: Tensor | Sequence[int], logits: Tensor) -> Tensor:
                 f"{' and fall on the way' if bool((steps < 0).any()) else ''}."
             )
     return offsets.to(device=logits.device, dtype=torch.int64)
+
+
+def refuse_impossible_rows(logits: Tensor, dim: int, offsets: Tensor | None) -> None:
+    """Refuses rows in which every category is masked out by minus infinity.
+
+    Only eager code on the CPU is checked: elsewhere a look at the values would make the host wait or break a graph,
+    and such a row comes out as NaN, as it does from ``torch.softmax``.
+
+    Raises:
+        SamplerError: If a row has categories, and all of their logits are minus infinity.
+    """
+    if logits.numel() == 0 or logits.device.type != "cpu" or not is_plain_eager(logits):
+        return
+    with torch.no_grad():
+        if offsets is None:
+            best = logits.amax(dim) if logits.dim() else logits
+        else:
+            lengths = offsets.diff()
+            best = torch.segment_reduce(logits.detach().contiguous(), "max", lengths=lengths[lengths > 0])
+        bad = int(best.isneginf().sum())
+    if bad:
+        raise SamplerError(
+            f"{bad} of {best.numel()} rows have no possible category: all their logits are -inf. "
+            "Leave at least one category of each row finite."
+        )

@@ -1,6 +1,7 @@
 """The samplers in eager code that can be checked by eye: the oracle of every faster path.
 
-Noise comes in as an argument, so that a path with noise of its own can be compared given the same noise.
+:func:`softmax` and :func:`sigmoid` take their noise as an argument, so that a path with noise of its own can be
+compared given the same noise; :func:`sample_softmax` and :func:`sample_sigmoid` make it and call them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ import torch
 from torch import Tensor
 
 from prunegate.gumbel import philox
-from prunegate.gumbel.arguments import Options
+from prunegate.gumbel.arguments import Options, refuse_impossible_rows
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
     """``value`` with the gradient of ``surrogate``; exactly ``value``, because the difference added is exactly 0."""
     return value.detach() + (surrogate - surrogate.detach())
+
+
+def _moved(position: Tensor, logits: Tensor) -> Tensor:
+    """``position`` as a function of the logits that moves as they move; infinite places stay where they are."""
+    return torch.where(position.isinf(), position, position - logits).detach() + torch.where(
+        position.isinf() | logits.isinf(), 0.0, logits
+    )
 
 
 def softmax(logits: Tensor, noise: Tensor, options: Options, dim: int, conditional: Sequence[Tensor] = ()) -> Tensor:
@@ -46,7 +54,7 @@ def softmax(logits: Tensor, noise: Tensor, options: Options, dim: int, condition
         probability = torch.log_softmax(logits, dim).detach()
         draws = [_gumbel_given(value, probability, extra, dim) for extra in conditional]
         tau = options.surrogate_tau
-        relaxed = [torch.softmax((logits + (draw - logits).detach()) / tau, dim) for draw in draws]
+        relaxed = [torch.softmax(_moved(draw, logits) / tau, dim) for draw in draws]
         return straight_through(value, torch.stack(relaxed).mean(0))
     return straight_through(value, torch.softmax(scores / options.surrogate_tau, dim))
 
@@ -57,7 +65,7 @@ def reinmax_softmax(logits: Tensor, value: Tensor, options: Options, dim: int) -
     tempered = torch.softmax(logits / _reinmax_tau(options), dim)
     middle = ((value + tempered) / 2).detach()
     # A softmax whose value is `middle`, as a function of the logits around the present ones.
-    around = torch.softmax((middle.log() - logits).detach() + logits, dim)
+    around = torch.softmax(_moved(middle.log(), logits), dim)
     return 2 * around - probability / 2
 
 
@@ -98,7 +106,7 @@ def sigmoid(logits: Tensor, noise: Tensor, options: Options, conditional: Sequen
     if options.rao_samples:
         tau = options.surrogate_tau
         draws = [_logistic_given(value, logits.detach(), extra) for extra in conditional]
-        relaxed = [torch.sigmoid((logits + (draw - logits).detach()) / tau) for draw in draws]
+        relaxed = [torch.sigmoid(_moved(draw, logits) / tau) for draw in draws]
         return straight_through(value, torch.stack(relaxed).mean(0))
     return straight_through(value, torch.sigmoid(scores / options.surrogate_tau))
 
@@ -108,7 +116,7 @@ def reinmax_sigmoid(logits: Tensor, value: Tensor, options: Options) -> Tensor:
     probability = torch.sigmoid(logits)
     tempered = torch.sigmoid(logits / _reinmax_tau(options))
     middle = ((value + tempered) / 2).detach()
-    around = torch.sigmoid((torch.logit(middle) - logits).detach() + logits)
+    around = torch.sigmoid(_moved(torch.logit(middle), logits))
     return 2 * around - probability / 2
 
 
@@ -152,3 +160,34 @@ def philox_logistic(state: Tensor, logits: Tensor, draw: int = 0) -> Tensor:
     """Logistic noise of :mod:`prunegate.gumbel.philox`; all logits are one long row, in memory order of the shape."""
     column = torch.arange(logits.numel(), device=logits.device).reshape(logits.shape)
     return philox.logistic(philox.words(state, torch.zeros_like(column), column, draw)).to(logits.dtype)
+
+
+def sample_softmax(
+    logits: Tensor,
+    options: Options,
+    dim: int,
+    offsets: Tensor | None,
+    generator: torch.Generator | philox.Philox | None,
+) -> Tensor:
+    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
+    refuse_impossible_rows(logits, dim, offsets)
+    if isinstance(generator, philox.Philox):
+        state = generator.take()
+        noises = [philox_gumbel(state, logits, dim, offsets, draw) for draw in range(1 + options.rao_samples)]
+    else:
+        noises = [gumbel_noise(logits, generator) for _ in range(1 + options.rao_samples)]
+    if offsets is None:
+        return softmax(logits, noises[0], options, dim, noises[1:])
+    lengths = offsets.diff().tolist()
+    rows = zip(logits.split(lengths), *(noise.split(lengths) for noise in noises), strict=True)
+    return torch.cat([softmax(row, noise, options, 0, more) for row, noise, *more in rows if len(row)] or [logits])
+
+
+def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | philox.Philox | None) -> Tensor:
+    """Draws noise and samples one gate a logit."""
+    if isinstance(generator, philox.Philox):
+        state = generator.take()
+        noises = [philox_logistic(state, logits, draw) for draw in range(1 + options.rao_samples)]
+    else:
+        noises = [logistic_noise(logits, generator) for _ in range(1 + options.rao_samples)]
+    return sigmoid(logits, noises[0], options, noises[1:])

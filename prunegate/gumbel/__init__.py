@@ -1,0 +1,7 @@
+"""Samplers of hard and relaxed gates: one front door, several implementations, one meaning."""
+
+from prunegate.gumbel.backends import backends
+from prunegate.gumbel.philox import Philox
+from prunegate.gumbel.sampling import gumbel_sigmoid, gumbel_softmax
+
+__all__ = ["Philox", "backends", "gumbel_sigmoid", "gumbel_softmax"]
