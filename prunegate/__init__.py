@@ -1,0 +1,65 @@
+"""Prune PyTorch models with learnable gates: attach, train a little, export an ordinary smaller model.
+
+Names are imported when they are first used, so that a process that only loads a slim model never imports gates,
+samplers or kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunegate.attach import attach as attach
+    from prunegate.budget import Budget as Budget
+    from prunegate.checkpoint import load as load
+    from prunegate.checkpoint import save as save
+    from prunegate.errors import AttachError as AttachError
+    from prunegate.errors import BudgetError as BudgetError
+    from prunegate.errors import CheckpointError as CheckpointError
+    from prunegate.errors import ExportError as ExportError
+    from prunegate.errors import MaskError as MaskError
+    from prunegate.errors import PlanError as PlanError
+    from prunegate.errors import PruneGateError as PruneGateError
+    from prunegate.errors import SamplerError as SamplerError
+    from prunegate.flops import count_flops as count_flops
+    from prunegate.gated import GatedModel as GatedModel
+    from prunegate.gumbel import gumbel_sigmoid as gumbel_sigmoid
+    from prunegate.gumbel import gumbel_softmax as gumbel_softmax
+    from prunegate.plan import Plan as Plan
+    from prunegate.slim.apply import apply_plan as apply_plan
+
+_HOME = {
+    "attach": "attach",
+    "Budget": "budget",
+    "load": "checkpoint",
+    "save": "checkpoint",
+    "AttachError": "errors",
+    "BudgetError": "errors",
+    "CheckpointError": "errors",
+    "ExportError": "errors",
+    "MaskError": "errors",
+    "PlanError": "errors",
+    "PruneGateError": "errors",
+    "SamplerError": "errors",
+    "count_flops": "flops",
+    "GatedModel": "gated",
+    "gumbel_sigmoid": "gumbel",
+    "gumbel_softmax": "gumbel",
+    "Plan": "plan",
+    "apply_plan": "slim.apply",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prunegate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"prunegate.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

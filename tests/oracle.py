@@ -1,0 +1,149 @@
+"""Masked execution, a second time and by other means: the dense model under a mode that gates what each call consumes.
+
+It walks the recorded calls of a labelled forward in lockstep. Before every contraction it multiplies the *activation*
+operand, along the dimension that is summed over, by the gates; statistics are taken with explicit weights on
+expanded tensors. It knows labels, and shares no code with sites, gates, masked statistics or the cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from prunegate.labels.record import Node, nodes_in
+from prunegate.labels.trace import _QUIET, Trace, call_model
+
+# Position of the activation operand and its summed dimension, by the call's name.
+_SUMMED = {
+    "linear": (0, -1), "conv1d": (0, 1), "conv2d": (0, 1), "conv_transpose2d": (0, 1), "matmul": (0, -1),
+    "__matmul__": (0, -1), "bmm": (0, -1), "scaled_dot_product_attention": (0, -1), "mm": (0, -1),
+}  # fmt: skip
+
+
+class Oracle(TorchFunctionMode):
+    """Replays a model with gate values ``z`` (float ``[n_gates]``, may require grad)."""
+
+    def __init__(self, trace: Trace, of_label: Tensor, z: Tensor) -> None:
+        super().__init__()
+        self.trace, self.at = trace, 0
+        self.of_label, self.z = of_label, torch.cat([z, z.new_ones(1)])
+
+    def gate(self, node: Node, dims: set[int]) -> Tensor | None:
+        """Product of the gates of the planes of ``node`` that vary inside ``dims`` only, expanded to its shape."""
+        total = None
+        for plane in self.trace.algebra.get(node):
+            own = {d for d, size in enumerate(plane.shape) if size > 1}
+            if own <= dims:
+                gates = self.z[self.of_label[plane]]
+                total = gates if total is None else total * gates
+        return None if total is None else total.expand(node.shape)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name in _QUIET:
+            return func(*args, **kwargs)
+        call = self.trace.calls[self.at]
+        self.at += 1
+        assert call.name == name, f"out of step: {name}, recorded {call.name}"
+        nodes = list(nodes_in((call.args, call.kwargs)))
+        if not nodes:
+            return func(*args, **kwargs)
+        node = nodes[0]
+        if name in _SUMMED:
+            at, dim = _SUMMED[name]
+            gate = self.gate(nodes[at], {dim % nodes[at].ndim})
+            if gate is not None:
+                args = (args[0] * gate, *args[1:])
+            return func(*args, **kwargs)
+        if name == "einsum":
+            left, right = args[0].replace(" ", "").split("->")
+            letters = left.split(",")[0]
+            gate = self.gate(node, {d for d, letter in enumerate(letters) if letter not in right})
+            return func(args[0], args[1] if gate is None else args[1] * gate, *args[2:])
+        statistic = getattr(self, f"do_{name}", None)
+        return func(*args, **kwargs) if statistic is None else statistic(func, node, *args, **kwargs)
+
+    def moments(self, x: Tensor, w: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        n = w.sum(dims, keepdim=True)
+        mean = (w * x).sum(dims, keepdim=True) / n
+        return n, mean, (w * (x - mean) ** 2).sum(dims, keepdim=True) / n
+
+    def normalised(self, func: Any, node: Node, x: Tensor, dims: list[int], eps: float, args: Any, kwargs: Any) -> Any:
+        w = self.gate(node, set(dims))
+        if w is None:
+            return func(*args, **kwargs)
+        _, mean, var = self.moments(x, w, dims)
+        return (x - mean) / (var + eps).sqrt()
+
+    def do_layer_norm(self, func: Any, node: Node, x: Tensor, shape: Any, weight: Any = None, bias: Any = None,
+                      eps: float = 1e-5, *rest: Any) -> Tensor:  # fmt: skip
+        dims = list(range(x.dim() - len(shape), x.dim()))
+        y = self.normalised(func, node, x, dims, eps, (x, shape, None, None, eps), {})
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    def do_group_norm(self, func: Any, node: Node, x: Tensor, groups: int, weight: Any = None, bias: Any = None,
+                      eps: float = 1e-5, *rest: Any) -> Tensor:  # fmt: skip
+        if groups > 1:
+            return func(x, groups, weight, bias, eps)
+        y = self.normalised(func, node, x, list(range(1, x.dim())), eps, (x, 1, None, None, eps), {})
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
+
+    def do_batch_norm(self, func: Any, node: Node, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        training = kwargs.get("training", args[4] if len(args) > 4 else False)
+        dims = [d for d in range(x.dim()) if d != 1]
+        w = self.gate(node, set(dims)) if training else None
+        if w is None:
+            return func(x, *args, **kwargs)
+        _, mean, var = self.moments(x, w, dims)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        y = (x - mean) / (var + kwargs.get("eps", 1e-5)).sqrt()
+        weight, bias = kwargs.get("weight", args[2] if len(args) > 2 else None), kwargs.get("bias")
+        y = y if weight is None else y * weight.view(shape)
+        return y if bias is None else y + bias.view(shape)
+
+    def _reduced(self, x: Tensor, dim: Any) -> list[int]:
+        if dim is None or dim == ():
+            return list(range(x.dim()))
+        return [d % x.dim() for d in ([dim] if isinstance(dim, int) else dim)]
+
+    def do_mean(self, func: Any, node: Node, x: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Tensor:
+        dims = self._reduced(x, dim)
+        w = self.gate(node, set(dims))
+        if w is None:
+            return func(x, **kw) if dim is None else func(x, dim, keepdim, **kw)
+        mean = self.moments(x, w, dims)[1]
+        return mean if keepdim else mean.sum(dims)
+
+    def do_var(self, func: Any, node: Node, x: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Tensor:
+        dims = self._reduced(x, dim)
+        w = self.gate(node, set(dims))
+        if w is None:
+            return func(x, dim, keepdim=keepdim, **kw)
+        n, _, var = self.moments(x, w, dims)
+        if kw.get("unbiased", True) and kw.get("correction", 1):
+            var = var * n / (n - 1)
+        return var if keepdim else var.sum(dims)
+
+    def do_softmax(self, func: Any, node: Node, x: Tensor, dim: int, *args: Any, **kw: Any) -> Tensor:
+        w = self.gate(node, {dim % x.dim()})
+        if w is None:
+            return func(x, dim, *args, **kw)
+        e = w * (x - x.detach().amax(dim, keepdim=True)).exp()
+        return e / e.sum(dim, keepdim=True)
+
+    def do_normalize(self, func: Any, node: Node, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+        w = self.gate(node, {dim % x.dim()})
+        return func(x, p=p, dim=dim, eps=eps) if w is None else x * w / ((w * x) ** 2).sum(dim, keepdim=True).sqrt()
+
+
+def masked_outputs(model: torch.nn.Module, inputs: Any, trace: Trace, of_label: Tensor, z: Tensor) -> Any:
+    """Outputs of ``model`` under gate values ``z``, in whatever mode it is in."""
+    with Oracle(trace, of_label, z):
+        return call_model(model, inputs)
