@@ -174,6 +174,7 @@ def _group_name(trace: Trace, members: list[tuple[str, int]], consumed: Collecti
 def find_frozen(trace: Trace) -> tuple[Frozen, ...]:
     """What cannot be pruned: for each dimension of each parameter, how many positions are frozen and why."""
     found = []
+    frozen_labels = trace.labels.roots() == FROZEN
     for name in trace.tensors:
         if name not in trace.parameters:
             continue
@@ -181,7 +182,7 @@ def find_frozen(trace: Trace) -> tuple[Frozen, ...]:
         for plane in node.planes:
             dim = next(iter(varying(plane)))
             own = plane.flatten()
-            frozen = own[trace.labels.find(own) == FROZEN]
+            frozen = own[frozen_labels[own]]
             counts: dict[Reason, int] = {}
             for known in trace.labels.reasons(frozen):
                 reason = known or Reason("frozen")

@@ -70,7 +70,7 @@ def check_logits(logits: Tensor, dim: int) -> None:
         raise SamplerError(f"logits must be floating point, but their dtype is {logits.dtype}; call .float() on them.")
     dims = max(logits.dim(), 1)
     if not -dims <= dim < dims:
-        raise SamplerError(f"dim must be from {-dims} to {dims - 1} for logits of shape {list(logits.shape)}, not {dim}.")
+        raise SamplerError(f"dim must be from {-dims} to {dims - 1} for logits of shape {[*logits.shape]}, not {dim}.")
 
 
 def make_options(
@@ -107,9 +107,6 @@ def _temperature(name: str, tau: float | Tensor) -> float | Tensor:
         if tau.device.type != "cpu" or tau.requires_grad or not is_plain_eager(tau):
             return tau
         tau = float(tau)
-    elif not isinstance(tau, (int, float)):
-        # A compiler's symbolic number; what it stands for was checked by nobody, and is used as it is.
-        return tau
     if not 0 < tau < math.inf:
         raise SamplerError(f"{name} must be a finite number above 0, not {tau}.")
     return tau

@@ -29,6 +29,9 @@ class Philox:
         seed: Any integer; its low 64 bits are used.
         step: Number of the next draw, 0 to 2**32 - 1.
         device: Where the logits live that will be sampled.
+
+    Attributes:
+        state: Seed and step of the next draw, int64 ``[2]``.
     """
 
     def __init__(self, seed: int, step: int = 0, device: torch.device | str | None = None) -> None:

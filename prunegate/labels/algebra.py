@@ -190,10 +190,9 @@ class Algebra:
             return None
         if any(plane.shape != planes[0].shape for plane in planes[1:]):
             return None
-        changed = False
-        for plane in planes[1:]:
-            changed |= self.union(planes[0], plane, why)
-        if not changed:
+        if len(planes) == 1:
+            return planes
+        if not self.union(planes[0].expand(len(planes) - 1, *planes[0].shape), torch.stack(planes[1:]), why):
             return [planes[0]]
         plane = compress(self.labels.find(planes[0]))
         if varying(plane) != dims:

@@ -332,16 +332,18 @@ def _settle(result: Trace) -> None:
 def _freeze_unused(result: Trace) -> None:
     """Labels that no operation on the input touched (rows of a table beyond the input's size) are not units."""
     labels = result.labels
-    seen = torch.zeros(len(labels), dtype=torch.bool)
-    done: set[int] = set()
+    planes: dict[int, list[Tensor]] = {}
     for op in result.ops:
         for node in nodes_in((op.args, op.kwargs, op.out)):
-            if node.depends and node.uid not in done:
-                done.add(node.uid)
-                for plane in node.planes:
-                    seen[labels.find(plane).flatten()] = True
-    roots = torch.unique(labels.roots())
-    labels.freeze(roots[~seen[roots]], Reason("no operation on the input uses it"))
+            if node.depends and node.planes:
+                planes[node.uid] = node.planes
+    touched = [plane.flatten() for each in planes.values() for plane in each]
+    seen = torch.zeros(len(labels), dtype=torch.bool)
+    roots = labels.roots()
+    if touched:
+        seen[roots[torch.cat(touched)]] = True
+    unused = torch.unique(roots[~seen[roots]])
+    labels.freeze(unused, Reason("no operation on the input uses it"))
 
 
 def make_rectangular(result: Trace) -> None:
@@ -358,9 +360,8 @@ def make_rectangular(result: Trace) -> None:
     # The cost of a contraction is a product of lengths, so its operands must be boxes too.
     for consumption in algebra.consumptions:
         for node in nodes_in((consumption.op.args, consumption.op.out)):
-            nodes[node.uid] = node
-    for node in result.tensors.values():
-        nodes[node.uid] = node
+            if any(len(varying(plane)) > 1 for plane in node.planes):
+                nodes[node.uid] = node
     for _ in range(_MAX_RECTANGLE_ROUNDS):
         changed = False
         for node in nodes.values():

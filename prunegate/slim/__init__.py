@@ -1,0 +1,1 @@
+"""Cutting a model along a plan, and deriving the plan from a traced forward."""

@@ -1,0 +1,38 @@
+"""What a module keeps tensors in: parameters, buffers, plain attributes and caches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["named_tensors", "tensor_caches", "tensor_stores"]
+
+
+def tensor_stores(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
+    """Yields (module name, mapping that holds tensors, whether they are parameters) for every module, in order."""
+    for prefix, module in model.named_modules():
+        yield prefix, module._parameters, True
+        yield prefix, module._buffers, False
+        yield prefix, module.__dict__, False
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """Yields (qualified name, tensor, is a parameter) of all parameters, buffers and plain tensor attributes.
+
+    A tensor that has several names (tied weights) comes once for each of them.
+    """
+    for prefix, store, is_parameter in tensor_stores(model):
+        for name, tensor in store.items():
+            if isinstance(tensor, Tensor):
+                yield (f"{prefix}.{name}" if prefix else name), tensor, is_parameter
+
+
+def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
+    """Yields the plain dictionaries in which modules keep tensors that they computed earlier."""
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if type(value) is dict and not name.startswith("_") and value:
+                if all(isinstance(item, Tensor) for item in value.values()):
+                    yield value
