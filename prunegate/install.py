@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from prunegate.labels.trace import named_tensors
 from prunegate.masked import MASKED_CALLS
 from prunegate.sites import OperandSite, ParameterSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
-from prunegate.slim.source import locate
+from prunegate.slim.locate import locate
 
 __all__ = ["install", "running_copy"]
 
@@ -128,26 +128,52 @@ def _gate_parameter(module: nn.Module, name: str, site: int, sample: Sample) -> 
     gated[name] = (*gated.get(name, ()), site)
     module.__dict__["_prunegate_gated"] = gated
     module.__dict__["_prunegate_sample"] = sample
+    # Recurrent layers read their parameters from a list that they keep beside them.
+    lists = tuple(
+        key
+        for key, value in module.__dict__.items()
+        if isinstance(value, list) and any(item is module._parameters[name] for item in value)
+    )
     base = type(module)
-    if getattr(base, "_prunegate_base", None) is not None:
-        base = base._prunegate_base  # type: ignore[union-attr,assignment]
-    module.__class__ = _gated_class(base, tuple(sorted(gated)))
+    known: tuple[str, ...] = ()
+    if "_prunegate_base" in base.__dict__:
+        base, known = base._prunegate_base, base._prunegate_lists  # type: ignore[attr-defined]
+    module.__class__ = _gated_class(base, tuple(sorted(gated)), tuple(sorted({*known, *lists})))
 
 
-@functools.lru_cache(maxsize=None)
-def _gated_class(base: type[nn.Module], names: Sequence[str]) -> type[nn.Module]:
-    """A subclass of ``base`` whose parameters ``names`` read as themselves times their gates."""
+@functools.cache
+def _gated_class(base: type[nn.Module], names: tuple[str, ...], lists: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of ``base`` whose parameters ``names`` (and lists of them) read as themselves times their gates."""
     namespace: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
-    namespace |= {"_prunegate_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    for key in lists:
+        namespace[key] = property(functools.partial(_read_list, key=key), functools.partial(_write, key=key))
+    namespace |= {
+        "_prunegate_base": base,
+        "_prunegate_lists": lists,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+    }
     return type(base.__name__, (base,), namespace)
 
 
 def _read(module: nn.Module, name: str) -> Tensor | None:
     parameter = module._parameters[name]
-    gates = module._prunegate_sample.pieces  # type: ignore[union-attr]
+    gates = module.__dict__["_prunegate_sample"].pieces
     if gates is None or parameter is None:
         return parameter
     value: Tensor = parameter
-    for site in module._prunegate_gated[name]:  # type: ignore[index]
-        value = value * gates[site].to(value.dtype)  # type: ignore[index]
+    for site in module.__dict__["_prunegate_gated"][name]:
+        value = value * gates[site].to(value.dtype)
     return value
+
+
+def _read_list(module: nn.Module, key: str) -> list[Tensor | None]:
+    names = {id(parameter): name for name, parameter in module._parameters.items()}
+    gated = module.__dict__["_prunegate_gated"]
+    return [
+        _read(module, names[id(item)]) if names.get(id(item)) in gated else item for item in module.__dict__[key]
+    ]
+
+
+def _write(module: nn.Module, value: Any, key: str) -> None:
+    module.__dict__[key] = value

@@ -41,6 +41,11 @@ class Oracle(TorchFunctionMode):
                 total = gates if total is None else total * gates
         return None if total is None else total.expand(node.shape)
 
+    def passes(self, source: Node, out: Node) -> bool:
+        """Whether channels go through a (grouped) convolution as themselves, and are consumed further down."""
+        before, after = self.trace.along(source, 1), self.trace.along(out, 1)
+        return before is not None and after is not None and bool(torch.isin(before[before > 0], after).any())
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
@@ -56,7 +61,7 @@ class Oracle(TorchFunctionMode):
         if name in _SUMMED:
             at, dim = _SUMMED[name]
             gate = self.gate(nodes[at], {dim % nodes[at].ndim})
-            if gate is not None:
+            if gate is not None and not (name.startswith("conv") and self.passes(nodes[0], call.out)):
                 args = (args[0] * gate, *args[1:])
             return func(*args, **kwargs)
         if name == "einsum":

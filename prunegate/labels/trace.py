@@ -1,4 +1,4 @@
-"""Run a model once on real tensors and let labels flow beside the values."""
+"""Run a model once and let labels flow beside the values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from prunegate.labels.algebra import Algebra
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import apply_rule
+from prunegate.labels.shapes import result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 
 __all__ = ["Trace", "call_model", "describe_inputs", "named_tensors", "tensor_caches", "trace"]
@@ -118,7 +119,10 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         node_args, node_kwargs = to_nodes(args), to_nodes(kwargs)
-        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1].strip("_")
+        out = None if kwargs else result_without_computing(name, args)
+        if out is None:
+            out = func(*args, **kwargs)
         inputs = list(nodes_in((node_args, node_kwargs)))
         depends = any(node.depends for node in inputs)
         for tensor in tree_leaves(out):
@@ -127,7 +131,6 @@ class _Dispatch(TorchDispatchMode):
                 node.depends |= depends
                 if func.is_view and inputs and node is not inputs[0]:
                     node.base = inputs[0].base or inputs[0]
-        name = func._schema.name.split("::")[-1].strip("_")
         op = Op(func, name, node_args, node_kwargs, to_nodes(out), self.call)
         self.ops.append(op)
         if any(node.planes for node in inputs):
@@ -209,7 +212,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         cache.clear()
     model.eval()
     try:
-        with torch.no_grad():
+        # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
             yield
     finally:
         for module, training in modes:

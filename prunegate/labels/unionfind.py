@@ -88,29 +88,29 @@ class Labels:
 
     def union(self, a: Tensor, b: Tensor, reason: Reason) -> bool:
         """Joins the classes of ``a`` and ``b``, position by position (broadcasting). Returns whether any changed."""
-        a, b = self.find(a), self.find(b)
-        different = a != b
-        if not bool(different.any()):
+        a, b = torch.broadcast_tensors(self.find(a), self.find(b))
+        if torch.equal(a, b):
             return False
-        a, b = torch.broadcast_tensors(a, b)
-        a, b = a[different], b[different]
-        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        different = a != b
+        a, b = (a, b) if bool(different.all()) else (a[different], b[different])
+        low, high = torch.minimum(a, b).reshape(-1), torch.maximum(a, b).reshape(-1)
         touched = torch.cat([low, high])
-        strong = touched[self._strong[touched]]
-        zero = low == FROZEN
-        if bool(zero.any()):
+        strong = touched[torch.take(self._strong, touched)]
+        zero = not bool(low.all())  # FROZEN is 0
+        if zero:
             self._reasons.append(reason)
         # Hook every larger root onto the smallest root it must join; repeat on what is still apart.
         while True:
             self._parent.scatter_reduce_(0, high, low, "amin")
-            frozen = high[low == FROZEN]
-            if frozen.numel():
-                self._frozen_by[frozen] = len(self._reasons) - 1
-            self._unfrozen.scatter_reduce_(0, high[low != FROZEN], low[low != FROZEN], "amin")
+            if zero:
+                self._frozen_by[high[low == FROZEN]] = len(self._reasons) - 1
+                self._unfrozen.scatter_reduce_(0, high[low != FROZEN], low[low != FROZEN], "amin")
+            else:
+                self._unfrozen.scatter_reduce_(0, high, low, "amin")
             a, b = self.find(low), self.find(high)
-            apart = a != b
-            if not bool(apart.any()):
+            if torch.equal(a, b):
                 break
+            apart = a != b
             a, b = a[apart], b[apart]
             low, high = torch.minimum(a, b), torch.maximum(a, b)
         if strong.numel():
@@ -134,9 +134,9 @@ class Labels:
 
 
 def _find(parent: Tensor, labels: Tensor) -> Tensor:
-    root = parent[labels]
+    root = torch.take(parent, labels)
     while True:
-        above = parent[root]
+        above = torch.take(parent, root)
         if torch.equal(above, root):
             return root
         root = above

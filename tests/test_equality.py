@@ -1,0 +1,82 @@
+"""Masked equals slim, costs are exact, the mask does something; for the zoo and for timm networks."""
+
+import pytest
+import torch
+
+import prunegate
+from prunegate.labels.trace import call_model
+from tests.models import FAST, SLOW, build, outputs, random_mask, randomise, relative_error
+from tests.oracle import masked_outputs
+from tests.zoo import ZOO
+
+EXACT = 1e-8
+
+
+def check_cut(model: torch.nn.Module, example: object, seeds: range, least_effect: float = 0.05) -> None:
+    gated = prunegate.attach(model, example).eval()
+    with torch.no_grad():
+        dense = call_model(model, example)
+        assert relative_error(dense, call_model(gated, example)) == 0.0
+        for seed in seeds:
+            gated.mask = random_mask(gated, seed)
+            masked = call_model(gated, example)
+            slim = gated.export()
+            assert type(slim) is type(model)
+            assert relative_error(masked, call_model(slim, example)) <= EXACT
+            assert relative_error(dense, masked) > least_effect
+            assert gated.cost.params(gated.mask) == sum(p.numel() for p in slim.parameters())
+            assert gated.cost.flops(gated.mask) == prunegate.count_flops(slim, example)
+    assert gated.cost.flops() == prunegate.count_flops(model, example)
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_zoo(name: str) -> None:
+    torch.manual_seed(1)
+    model = randomise(ZOO[name](), seed=2).eval()
+    check_cut(model, model.example(), range(3), least_effect=1e-3)
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_networks(name: str) -> None:
+    check_cut(build(name), torch.randn(1, 3, 224, 224, dtype=torch.float64), range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_networks(name: str) -> None:
+    check_cut(build(name), torch.randn(1, 3, 224, 224, dtype=torch.float64), range(3))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_masked_forward_and_gradient_against_the_oracle(name: str, train: bool) -> None:
+    """Values and the gradient of every gate equal those of gating each consumer's operand in plain autograd."""
+    torch.manual_seed(1)
+    model = randomise(ZOO[name](), seed=2)
+    example = model.example()
+    gated = prunegate.attach(model, example)
+    gated.prunegate.logits.data = torch.zeros_like(gated.logits.data, dtype=torch.float64)
+    gated.mask = random_mask(gated, seed=3)
+    model.train(train)
+    gated.train(train)
+    frozen_statistics(model)
+    frozen_statistics(gated)
+
+    gates = gated.mask.double().requires_grad_()
+    expected = masked_outputs(model, example, gated._trace, gated._gate_map.of_label, gates)
+    actual = call_model(gated, example)
+    assert relative_error(expected, actual) <= 1e-10
+
+    weights = [torch.randn_like(out) for out in outputs(expected)]
+    (by_oracle,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(expected))), gates)
+    (by_logits,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(actual))), gated.logits)
+    # At logit 0 and temperature 1 the relaxed gate's slope is 1/4.
+    torch.testing.assert_close(4 * by_logits.double(), by_oracle, rtol=1e-10, atol=1e-10)
+    assert bool((by_oracle[~gated.mask] != 0).any()), "closed gates must get gradients"
+
+
+def frozen_statistics(model: torch.nn.Module) -> None:
+    """Batch statistics of removed channels are nobody's business; the running ones are compared elsewhere."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
