@@ -210,12 +210,15 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     ]
     for cache, _ in caches:
         cache.clear()
+    fused = torch.backends.mkldnn.enabled
     model.eval()
     try:
         # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        torch.backends.mkldnn.enabled = False
+        with torch.no_grad():
             yield
     finally:
+        torch.backends.mkldnn.enabled = fused
         for module, training in modes:
             module.training = training
         for cache, content in caches:
