@@ -55,6 +55,7 @@ class Philox:
         return state
 
     def __repr__(self) -> str:
+        """Seed, next step and device."""
         return f"Philox(seed={self.seed}, step={self.step}, device='{self.state.device}')"
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunegate.errors import SamplerError
 from prunegate.gumbel.arguments import check_logits, make_offsets, make_options
 from prunegate.gumbel.backends import choose
 from prunegate.gumbel.philox import Philox
@@ -69,9 +68,9 @@ def gumbel_softmax(
     check_logits(logits, dim)
     options = make_options(tau, tau_backward, hard, estimator, rao_samples)
     offsets = None if segments is None else make_offsets(segments, logits)
-    if offsets is not None and dim not in (-1, 0):
-        raise SamplerError(f"segments= cuts the only dimension of flat logits; dim={dim} cannot be meant.")
     module = choose(backend, logits, options, generator, offsets is not None)
+    if logits.numel() == 0:
+        return logits.clone()
     if logits.dtype in _HALVES:
         return module.sample_softmax(logits.float(), options, dim, offsets, generator).to(logits.dtype)
     return module.sample_softmax(logits, options, dim, offsets, generator)
@@ -121,6 +120,8 @@ def gumbel_sigmoid(
     if segments is not None:
         make_offsets(segments, logits)
     module = choose(backend, logits, options, generator, False)
+    if logits.numel() == 0:
+        return logits.clone()
     if logits.dtype in _HALVES:
         return module.sample_sigmoid(logits.float(), options, generator).to(logits.dtype)
     return module.sample_sigmoid(logits, options, generator)
