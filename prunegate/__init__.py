@@ -50,7 +50,7 @@ _HOME = {
     "apply_plan": "slim.apply",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

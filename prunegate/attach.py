@@ -17,7 +17,7 @@ from prunegate.install import install, running_copy
 from prunegate.labels.record import Call
 from prunegate.labels.trace import trace
 from prunegate.sites import find_sites
-from prunegate.slim.source import locate
+from prunegate.slim.locate import locate
 
 __all__ = ["attach"]
 

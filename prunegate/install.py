@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from prunegate.gates import Gates, Sample
 from prunegate.groups import GateMap
-from prunegate.labels.trace import named_tensors
 from prunegate.masked import MASKED_CALLS
 from prunegate.sites import OperandSite, ParameterSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
 from prunegate.slim.locate import locate
+from prunegate.tensors import named_tensors
 
 __all__ = ["install", "running_copy"]
 

@@ -57,7 +57,8 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _layer_norm(function: Function, keep: Tensor, input: Tensor, normalized_shape: Sequence[int],
-                weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, **_: Any) -> Tensor:  # fmt: skip
+                weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
+                **_: Any) -> Tensor:  # fmt: skip
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     mean, variance = _moments(input, keep, dims)
     return _affine((input - mean) * (variance + eps).rsqrt(), weight, bias)

@@ -30,7 +30,7 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
     model.double()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim >= 2 and parameter.std() > 1e-6:
                 parameter.add_(draw(parameter) * 0.1 * parameter.std())
             elif parameter.numel() and parameter.abs().max() < 0.5:

@@ -143,7 +143,8 @@ class Oracle(TorchFunctionMode):
         e = w * (x - x.detach().amax(dim, keepdim=True)).exp()
         return e / e.sum(dim, keepdim=True)
 
-    def do_normalize(self, func: Any, node: Node, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> Tensor:
+    def do_normalize(self, func: Any, node: Node, x: Tensor, p: float = 2.0, dim: int = 1,
+                     eps: float = 1e-12) -> Tensor:  # fmt: skip
         w = self.gate(node, {dim % x.dim()})
         return func(x, p=p, dim=dim, eps=eps) if w is None else x * w / ((w * x) ** 2).sum(dim, keepdim=True).sqrt()
 

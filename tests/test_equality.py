@@ -68,8 +68,8 @@ def test_masked_forward_and_gradient_against_the_oracle(name: str, train: bool) 
     assert relative_error(expected, actual) <= 1e-10
 
     weights = [torch.randn_like(out) for out in outputs(expected)]
-    (by_oracle,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(expected))), gates)
-    (by_logits,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(actual))), gated.logits)
+    (by_oracle,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(expected), strict=True)), gates)
+    (by_logits,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(actual), strict=True)), gated.logits)
     # At logit 0 and temperature 1 the relaxed gate's slope is 1/4.
     torch.testing.assert_close(4 * by_logits.double(), by_oracle, rtol=1e-10, atol=1e-10)
     assert bool((by_oracle[~gated.mask] != 0).any()), "closed gates must get gradients"

@@ -87,9 +87,11 @@ class ConcatOfResiduals(Tricky):
 
     def units(self) -> Iterator[Unit]:
         for i in range(4):
-            yield conv_out("p", i) | {("pp.weight", 0): (i,), ("pp.weight", 1): (i,), ("pp.bias", 0): (i,)} | conv_in("out", i)
+            square = {("pp.weight", 0): (i,), ("pp.weight", 1): (i,), ("pp.bias", 0): (i,)}
+            yield conv_out("p", i) | square | conv_in("out", i)
         for i in range(5):
-            yield conv_out("q", i) | {("qq.weight", 0): (i,), ("qq.weight", 1): (i,), ("qq.bias", 0): (i,)} | conv_in("out", 4 + i)
+            square = {("qq.weight", 0): (i,), ("qq.weight", 1): (i,), ("qq.bias", 0): (i,)}
+            yield conv_out("q", i) | square | conv_in("out", 4 + i)
         for i in range(6):
             yield conv_out("out", i) | conv_in("head", i)
 
@@ -210,7 +212,7 @@ class FusedQkv(Tricky):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        b, n, c = x.shape
+        b, n, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, self.heads, self.d).permute(2, 0, 3, 1, 4).unbind(0)
         y = (q @ k.transpose(-2, -1) * self.d**-0.5).softmax(-1) @ v
         x = x + self.proj(y.transpose(1, 2).reshape(b, n, self.heads * self.d))
@@ -231,7 +233,7 @@ class FusedQkvHeadFirst(FusedQkv):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        b, n, c = x.shape
+        b, n, _ = x.shape
         q, k, v = self.qkv(self.norm(x)).view(b, n, self.heads, -1).split([self.d] * 3, dim=3)
         q, k, v = (t.permute(0, 2, 1, 3) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v)

@@ -347,7 +347,7 @@ def _attention(algebra: Algebra, op: Op) -> None:
     query, key, value = op.args[:3]
     bound = _bound(op)
     mask = bound.get("attn_mask", bound.get("attn_bias"))
-    scores = Node(query.shape[:-1] + (key.shape[-2],), query.dtype)
+    scores = Node((*query.shape[:-1], key.shape[-2]), query.dtype)
     algebra.put(scores, algebra.contract(query, key, "bhnd", "bhmd", "bhnm", "attention scores"))
     if isinstance(mask, Node):
         real = frozenset(dim for dim, size in enumerate(scores.shape) if size > 1)

@@ -21,8 +21,9 @@ from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, 
 from prunegate.labels.rules import apply_rule
 from prunegate.labels.shapes import result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
+from prunegate.tensors import named_tensors, tensor_caches
 
-__all__ = ["Trace", "call_model", "describe_inputs", "named_tensors", "tensor_caches", "trace"]
+__all__ = ["Trace", "call_model", "describe_inputs", "trace"]
 
 _NODE = "_prunegate_node"
 _MAX_RECTANGLE_ROUNDS = 8
@@ -69,27 +70,6 @@ class Trace:
             if varying(plane) == {dim}:
                 return plane.flatten()
         return None
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """Yields (qualified name, tensor, is a parameter) of all parameters, buffers and plain tensor attributes."""
-    for prefix, module in model.named_modules():
-        stores: list[tuple[Mapping[str, Any], bool]] = [
-            (module._parameters, True), (module._buffers, False), (module.__dict__, False)
-        ]  # fmt: skip
-        for store, is_parameter in stores:
-            for name, tensor in store.items():
-                if isinstance(tensor, Tensor):
-                    yield (f"{prefix}.{name}" if prefix else name), tensor, is_parameter
-
-
-def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
-    """Yields the plain dictionaries in which modules keep tensors that they computed earlier."""
-    for module in model.modules():
-        for name, value in module.__dict__.items():
-            if type(value) is dict and not name.startswith("_") and value:
-                if all(isinstance(item, Tensor) for item in value.values()):
-                    yield value
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -214,7 +194,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
     model.eval()
     try:
         # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
-        torch.backends.mkldnn.enabled = False
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
         with torch.no_grad():
             yield
     finally:

@@ -1,7 +1,7 @@
 """The exact sets of what goes together, against declarations made by hand."""
 
-import torch
 import pytest
+import torch
 
 from prunegate.groups import make_groups
 from prunegate.labels.trace import trace
