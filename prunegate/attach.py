@@ -69,7 +69,7 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
             "its inputs, its outputs or an operation without a rule"
         )
     running = running_copy(model)
-    gates = install(running, sites, gate_map, traced.modules)
+    gates = install(running, sites, gate_map, traced)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     gates.to(device)
     return GatedModel(

@@ -51,23 +51,24 @@ class Gates(nn.Module):
 
     Args:
         n_gates: Number of gates.
-        site_gates: For each site, the gate of each of its positions (int64, any shape, -1 where always open).
-        shapes: For each site, the shape in which its gates broadcast against what they multiply.
+        pieces: What sites multiply by: for each piece the gate of each of its positions, int64, in the shape in which
+            it broadcasts against what it multiplies; -1 where a position is always there.
+        sample: Where the gates of a step are put.
     """
 
     fixed_mask: Tensor
     settings: Tensor
     index: Tensor
 
-    def __init__(self, n_gates: int, site_gates: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, n_gates: int, pieces: Sequence[Tensor], sample: Sample) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(n_gates))
         self.phase: Phase = "open"
         self.selector: Callable[[], Tensor] | None = None
-        self.sample = Sample()
-        self._shapes = [tuple(shape) for shape in shapes]
-        self._sizes = [gates.numel() for gates in site_gates]
-        flat = torch.cat([gates.reshape(-1) for gates in site_gates]) if site_gates else torch.zeros(0).long()
+        self.sample = sample
+        self._shapes = [tuple(piece.shape) for piece in pieces]
+        self._sizes = [piece.numel() for piece in pieces]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.zeros(0).long()
         # Positions that are always there read the constant 1 that is appended to the gates.
         self.register_buffer("index", torch.where(flat < 0, n_gates, flat), persistent=False)
         self.register_buffer("fixed_mask", torch.ones(n_gates, dtype=torch.bool), persistent=False)

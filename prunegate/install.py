@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunegate.gates import Gates, Sample
 from prunegate.groups import GateMap
+from prunegate.labels.record import Call
+from prunegate.labels.trace import Trace
 from prunegate.masked import MASKED_CALLS
-from prunegate.sites import OperandSite, ParameterSite, Sites, StatisticSite
+from prunegate.plan import CallSite
+from prunegate.sites import OperandSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
 from prunegate.slim.locate import locate
 from prunegate.tensors import named_tensors
@@ -37,87 +40,129 @@ def running_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def install(running: nn.Module, sites: Sites, gate_map: GateMap, modules: Mapping[int, str]) -> Gates:
+def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -> Gates:
     """Installs every site into ``running`` and returns the gates that drive them.
 
     Args:
         running: A running copy of the traced model.
         sites: Where gates act.
         gate_map: From labels to gates.
-        modules: Qualified name of every module of the traced model, by identity.
+        trace: The labelling that the sites were found in.
     """
-    every: list[ParameterSite | OperandSite | StatisticSite] = [*sites.parameters, *sites.operands, *sites.statistics]
-    planes = [gate_map.of_label[site.plane] for site in every]
-    gates = Gates(gate_map.n_gates, planes, [plane.shape for plane in planes])
-    at_of = {id(site): at for at, site in enumerate(every)}
+    pieces = _Pieces(gate_map)
+    sample = Sample()
     for parameter in sites.parameters:
         owner, _, name = parameter.name.rpartition(".")
-        _gate_parameter(running.get_submodule(owner), name, at_of[id(parameter)], gates.sample)
-    wraps: dict[Any, OperandGate | StatisticGate] = {}
-    for operand in sites.operands:
-        gate = wraps.setdefault(locate(operand.call.frame, operand.call.name, modules), OperandGate(gates.sample))
-        assert isinstance(gate, OperandGate)
-        gate.pieces.append((operand.argument, at_of[id(operand)]))
-    for statistic in sites.statistics:
-        place = locate(statistic.call.frame, statistic.call.name, modules)
-        masked = wraps.setdefault(place, StatisticGate(gates.sample, statistic.call.name))
-        assert isinstance(masked, StatisticGate)
-        masked.pieces.append(at_of[id(statistic)])
+        _gate_parameter(running.get_submodule(owner), name, pieces.of(parameter.plane), sample)
+    places: dict[CallSite, dict[int, list[OperandSite | StatisticSite]]] = {}
+    for site in (*sites.operands, *sites.statistics):
+        place = locate(site.call.frame, site.call.name, trace.modules)
+        assert place is not None
+        places.setdefault(place, {}).setdefault(id(site.call), []).append(site)
+    executions = _executions(trace, [site.call for site in (*sites.operands, *sites.statistics)])
+    wraps: dict[CallSite, GatedCall] = {}
+    for place, by_call in places.items():
+        some = next(iter(by_call.values()))[0]
+        turns = []
+        for call in executions[_instruction(some.call)]:
+            if locate(call.frame, call.name, trace.modules) == place:
+                own = by_call.get(id(call), [])
+                turns.append(tuple((_argument(site), pieces.of(site.plane)) for site in own))
+        masked = some.call.name if isinstance(some, StatisticSite) else None
+        # A line that always does the same needs no count of its executions.
+        wraps[place] = GatedCall(sample, turns[:1] if len(set(turns)) == 1 else turns, masked)
     wrap_calls(running, wraps)
+    gates = Gates(gate_map.n_gates, pieces.gates, sample)
     return gates
 
 
-class OperandGate:
-    """Multiplies operands of one call by their gates.
+_STATISTIC = -1
+
+
+def _argument(site: OperandSite | StatisticSite) -> int:
+    return site.argument if isinstance(site, OperandSite) else _STATISTIC
+
+
+def _instruction(call: Call) -> tuple[int, int]:
+    assert call.frame is not None
+    return id(call.frame.code), call.frame.lasti
+
+
+def _executions(trace: Trace, calls: Sequence[Call]) -> dict[tuple[int, int], list[Call]]:
+    """All recorded executions of the instructions that made ``calls``, in order."""
+    found: dict[tuple[int, int], list[Call]] = {_instruction(call): [] for call in calls}
+    for call in trace.calls:
+        if call.frame is not None and _instruction(call) in found:
+            found[_instruction(call)].append(call)
+    return found
+
+
+class _Pieces:
+    """Collects the distinct (gates, shape) that sites multiply by; equal ones share a piece of the sample."""
+
+    def __init__(self, gate_map: GateMap) -> None:
+        self._of_label = gate_map.of_label
+        self._at: dict[tuple[tuple[int, ...], bytes], int] = {}
+        self.gates: list[Tensor] = []
+
+    def of(self, plane: Tensor) -> int:
+        """The piece for a plane of labels."""
+        gates = self._of_label[plane]
+        key = (tuple(gates.shape), gates.numpy().tobytes())
+        if key not in self._at:
+            self._at[key] = len(self.gates)
+            self.gates.append(gates)
+        return self._at[key]
+
+
+class GatedCall:
+    """What a call in a model's source goes through: operands are gated, statistics taken over kept positions only.
 
     Attributes:
-        pieces: (position among the call's tensors, site) pairs.
+        sample: The gates of this step.
+        turns: For each execution of the line in one run of its method, in order, the (position among the call's
+            tensors, piece of the sample) pairs to multiply; one entry where all executions are alike. For a statistic
+            the position is not used.
+        masked: Name of the masked form, for a statistic.
     """
 
-    def __init__(self, sample: Sample) -> None:
+    def __init__(self, sample: Sample, turns: Sequence[tuple[tuple[int, int], ...]], masked: str | None) -> None:
         self.sample = sample
-        self.pieces: list[tuple[int, int]] = []
+        self.turns = list(turns)
+        self.masked = masked
+        self._turn = 0
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls ``function`` with gated operands."""
+        """Calls ``function`` with this step's gates."""
+        pieces = self.turns[self._turn]
+        if len(self.turns) > 1:
+            self._turn = (self._turn + 1) % len(self.turns)
         gates = self.sample.pieces
-        if gates is None:
+        if gates is None or not pieces:
             return function(*args, **kwargs)
-        positional = list(args)
-        tensors = [at for at, value in enumerate(positional) if isinstance(value, Tensor)]
-        for argument, site in self.pieces:
-            if argument < len(tensors):
-                at = tensors[argument]
-                positional[at] = positional[at] * gates[site].to(positional[at].dtype)
-            else:
-                keys = [key for key, value in kwargs.items() if isinstance(value, Tensor)]
-                key = keys[argument - len(tensors)]
-                kwargs[key] = kwargs[key] * gates[site].to(kwargs[key].dtype)
-        return function(*positional, **kwargs)
+        if self.masked is not None:
+            keep = gates[pieces[0][1]]
+            for _, piece in pieces[1:]:
+                keep = keep * gates[piece]
+            first = args[0] if args else kwargs["input"]
+            return MASKED_CALLS[self.masked](function, keep.to(first.dtype), *args, **kwargs)
+        return function(*_multiplied(args, kwargs, pieces, gates), **kwargs)
 
 
-class StatisticGate:
-    """Takes the statistic of one call over kept positions only.
-
-    Attributes:
-        pieces: The sites whose gates multiply.
-    """
-
-    def __init__(self, sample: Sample, name: str) -> None:
-        self.sample = sample
-        self.name = name
-        self.pieces: list[int] = []
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls the masked form of ``function``."""
-        gates = self.sample.pieces
-        if gates is None:
-            return function(*args, **kwargs)
-        keep = gates[self.pieces[0]]
-        for site in self.pieces[1:]:
-            keep = keep * gates[site]
-        first = args[0] if args else kwargs["input"]
-        return MASKED_CALLS[self.name](function, keep.to(first.dtype), *args, **kwargs)
+def _multiplied(args: Sequence[Any], kwargs: dict[str, Any], pieces: Sequence[tuple[int, int]],
+                gates: Sequence[Tensor]) -> list[Any]:  # fmt: skip
+    """The positional arguments with gated operands; those given by keyword are replaced in ``kwargs``."""
+    positional = list(args)
+    tensors = [at for at, value in enumerate(positional) if isinstance(value, Tensor)]
+    named = [key for key, value in kwargs.items() if isinstance(value, Tensor)]
+    for argument, piece in pieces:
+        if argument < len(tensors):
+            at = tensors[argument]
+            positional[at] = positional[at] * gates[piece].to(positional[at].dtype)
+        else:
+            key = named[argument - len(tensors)]
+            kwargs[key] = kwargs[key] * gates[piece].to(kwargs[key].dtype)
+    return positional
 
 
 # ---------------------------------------------------------------------- gated parameters

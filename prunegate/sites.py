@@ -112,26 +112,24 @@ def _find_once(trace: Trace, locate: Locate) -> Sites:
         owned = list(_parameter_sites(trace, origins, event))
         for site in owned:
             parameters[site.name, site.dim] = site
-        if not owned and not _add(trace, operands, _operand_site(trace, event), locate):
+        if not owned and not _add(operands, _operand_site(trace, event), locate):
             node, dims = event.operands[0]
             for plane in trace.algebra.get(node):
                 if varying(plane) <= dims:
                     _freeze(trace, plane, event, "no place where its gate could act")
     for reduction in trace.algebra.reductions:
         plane = trace.labels.find(reduction.plane)
-        if bool((plane != FROZEN).any()) and not _add(trace, statistics, _statistic_site(trace, reduction), locate):
+        if bool((plane != FROZEN).any()) and not _add(statistics, _statistic_site(trace, reduction), locate):
             _freeze(trace, plane, reduction, "this statistic has no masked form")
     return Sites(tuple(parameters.values()), tuple(operands.values()), tuple(statistics.values()))
 
 
-def _add(trace: Trace, found: dict[Hashable, Any], site: Any, locate: Locate) -> bool:
-    """Files a call's site under its place in the source. One line that serves several units tells them not apart."""
-    place = None if site is None else locate(site.call)
-    if place is None:
+def _add(found: dict[Hashable, Any], site: Any, locate: Locate) -> bool:
+    """Files the site of one execution of a call, if its place in the source can be edited."""
+    if site is None or locate(site.call) is None:
         return False
-    key = (place, varying(site.plane))
-    earlier = found.setdefault(key, site)
-    return torch.equal(trace.labels.find(earlier.plane), trace.labels.find(site.plane))
+    found[id(site.call), site.argument if isinstance(site, OperandSite) else 0, varying(site.plane)] = site
+    return True
 
 
 def _freeze(trace: Trace, plane: Tensor, event: Consumption | Reduction, why: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunegate.labels.record import Node, nodes_in
-from prunegate.labels.trace import _QUIET, Trace, call_model
+from prunegate.labels.trace import QUIET, Trace, call_model
+from prunegate.tensors import tensor_caches
 
 # Position of the activation operand and its summed dimension, by the call's name.
 _SUMMED = {
@@ -41,15 +42,14 @@ class Oracle(TorchFunctionMode):
                 total = gates if total is None else total * gates
         return None if total is None else total.expand(node.shape)
 
-    def passes(self, source: Node, out: Node) -> bool:
-        """Whether channels go through a (grouped) convolution as themselves, and are consumed further down."""
-        before, after = self.trace.along(source, 1), self.trace.along(out, 1)
-        return before is not None and after is not None and bool(torch.isin(before[before > 0], after).any())
+    def passes(self, source: Node, weight: Node) -> bool:
+        """Whether whole groups of channels go through a convolution as themselves, and are consumed further down."""
+        return weight.shape[1] < source.shape[1] and self.trace.along(weight, 1) is None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name in _QUIET:
+        if name in QUIET:
             return func(*args, **kwargs)
         call = self.trace.calls[self.at]
         self.at += 1
@@ -61,7 +61,7 @@ class Oracle(TorchFunctionMode):
         if name in _SUMMED:
             at, dim = _SUMMED[name]
             gate = self.gate(nodes[at], {dim % nodes[at].ndim})
-            if gate is not None and not (name.startswith("conv") and self.passes(nodes[0], call.out)):
+            if gate is not None and not (name.startswith("conv") and self.passes(nodes[0], nodes[1])):
                 args = (args[0] * gate, *args[1:])
             return func(*args, **kwargs)
         if name == "einsum":
@@ -143,13 +143,23 @@ class Oracle(TorchFunctionMode):
         e = w * (x - x.detach().amax(dim, keepdim=True)).exp()
         return e / e.sum(dim, keepdim=True)
 
+    def do_amax(self, func: Any, node: Node, x: Tensor, dim: Any, *args: Any, **kw: Any) -> Tensor:
+        w = self.gate(node, set(self._reduced(x, dim)))
+        return func(x if w is None else torch.where(w > 0, x, x.new_full((), -1e300)), dim, *args, **kw)
+
+    def do_max(self, func: Any, node: Node, x: Tensor, *args: Any, **kw: Any) -> Any:
+        w = self.gate(node, set(self._reduced(x, kw.get("dim", args[0] if args else None))))
+        return func(x if w is None else torch.where(w > 0, x, x.new_full((), -1e300)), *args, **kw)
+
     def do_normalize(self, func: Any, node: Node, x: Tensor, p: float = 2.0, dim: int = 1,
-                     eps: float = 1e-12) -> Tensor:  # fmt: skip
+                     eps: float = 1e-12, out: None = None) -> Tensor:  # fmt: skip
         w = self.gate(node, {dim % x.dim()})
         return func(x, p=p, dim=dim, eps=eps) if w is None else x * w / ((w * x) ** 2).sum(dim, keepdim=True).sqrt()
 
 
 def masked_outputs(model: torch.nn.Module, inputs: Any, trace: Trace, of_label: Tensor, z: Tensor) -> Any:
     """Outputs of ``model`` under gate values ``z``, in whatever mode it is in."""
+    for cache in tensor_caches(model):
+        cache.clear()
     with Oracle(trace, of_label, z):
         return call_model(model, inputs)
