@@ -182,11 +182,11 @@ class Polynomial:
             (gradient,) = torch.autograd.grad(self.expected(leaf), leaf)
         return gradient
 
-    def at(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    def at(self, counts: NDArray) -> NDArray[np.float64]:
         """Values as a function of how many gates of each class are open.
 
         Args:
-            counts: float64 ``[..., n_classes]``; fractions are allowed.
+            counts: ``[..., n_classes]``; fractions are allowed.
 
         Returns:
             float64 ``[...]``; exact for whole counts while the value is below 2**53.
@@ -194,7 +194,7 @@ class Polynomial:
         factors = self._padded_lengths(counts)[..., self._factors]
         return np.asarray(factors.prod(axis=-1) @ self._coefficients)
 
-    def slope(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    def slope(self, counts: NDArray) -> NDArray[np.float64]:
         """Partial derivatives of :meth:`at` by the counts, float64 ``[n_classes]``."""
         lengths = self._padded_lengths(counts)
         by_length = np.zeros(len(lengths))
@@ -207,7 +207,7 @@ class Polynomial:
             np.add.at(by_length, self._factors[:, j], others)
         return np.asarray(by_length[:-1] @ self._matrix)
 
-    def _padded_lengths(self, counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _padded_lengths(self, counts: NDArray) -> NDArray[np.float64]:
         lengths = counts @ self._matrix.T + self._constants
         return np.concatenate([lengths, np.ones((*lengths.shape[:-1], 1))], axis=-1)
 
