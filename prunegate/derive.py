@@ -5,24 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunegate.groups import GateMap
-from prunegate.labels.planes import varying
 from prunegate.labels.record import Node
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
-from prunegate.slim.replay import derive_plan
+from prunegate.slim.derive import derive_plan
+from prunegate.tensors import fit_inputs
 
 __all__ = ["derive"]
 
 
-def derive(model: nn.Module, trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) -> Plan:
-    """The plan that cuts ``model`` down to ``mask``.
+def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) -> Plan:
+    """The plan that cuts the traced model, and any copy of it, down to ``mask``.
 
     Args:
-        model: The dense model that was traced, or a copy of it.
-        trace: Its labelling.
+        trace: A labelling.
         gate_map: From labels to gates.
         mask: bool ``[n_gates]``, on the CPU.
         example_input: What the model was traced on.
@@ -33,12 +32,10 @@ def derive(model: nn.Module, trace: Trace, gate_map: GateMap, mask: Tensor, exam
     stays = torch.cat([mask, torch.ones(1, dtype=torch.bool)])  # gate -1: always there
     keep = stays[gate_map.of_label]
 
-    def kept(node: Node, dim: int) -> Tensor:
-        alive = torch.ones(node.shape[dim], dtype=torch.bool)
-        for plane in trace.algebra.get(node):
-            if varying(plane) == {dim}:
-                alive &= keep[plane.flatten()]
-        return alive
+    def kept(node: Node, dim: int) -> Tensor | None:
+        labels = trace.along(node, dim)
+        return None if labels is None else keep[labels]
 
     tensors = {key: stays[gates] for key, gates in gate_map.dims.items()}
-    return derive_plan(model, trace, kept, tensors, lambda slim: call_model(slim, example_input))
+    inputs = fit_inputs(example_input, trace.model)
+    return derive_plan(trace.model, trace.calls, kept, tensors, lambda slim: call_model(slim, inputs))

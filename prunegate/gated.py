@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prunegate.cost import Cost
+from prunegate.derive import derive
 from prunegate.errors import AttachError, ExportError, MaskError
 from prunegate.gates import Gates
 from prunegate.groups import Frozen, GateMap, Group
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan
+from prunegate.tensors import fit_inputs
 
 __all__ = ["GatedModel"]
 
@@ -164,9 +167,7 @@ class GatedModel(nn.Module):
         Raises:
             ExportError: The cut model's own arithmetic cannot be made to follow.
         """
-        from prunegate.derive import derive
-
-        return derive(self._dense, self._trace, self._gate_map, self._check_mask(self.mask), self.example_input)
+        return derive(self._trace, self._gate_map, self._check_mask(self.mask), self.example_input)
 
     def export(self) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.
@@ -189,7 +190,7 @@ class GatedModel(nn.Module):
         return slim
 
     def _check(self, slim: nn.Module) -> None:
-        inputs = _random_like(self.example_input)
+        inputs = _random_like(fit_inputs(self.example_input, self))
         modes = [(module, module.training) for module in (*self.modules(), self.model, *slim.modules())]
         gates = self.prunegate
         phase, fixed = gates.phase, gates.fixed_mask.clone()
@@ -234,15 +235,11 @@ class GatedModel(nn.Module):
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _random_like(inputs: Any) -> Any:
     """An input of the same shapes; integers (tokens) stay as they are."""
-    from torch.utils._pytree import tree_map
-
     generator = torch.Generator().manual_seed(0)
 
     def fresh(leaf: Any) -> Any:

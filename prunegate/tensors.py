@@ -6,8 +6,9 @@ from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-__all__ = ["named_tensors", "tensor_caches", "tensor_stores"]
+__all__ = ["fit_inputs", "named_tensors", "tensor_caches", "tensor_stores"]
 
 
 def tensor_stores(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
@@ -36,3 +37,17 @@ def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
             if type(value) is dict and not name.startswith("_") and value:
                 if all(isinstance(item, Tensor) for item in value.values()):
                     yield value
+
+
+def fit_inputs(inputs: Any, model: nn.Module) -> Any:
+    """An example input on the device, and in the floating-point type, that ``model`` is in now."""
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+    if first is None:
+        return inputs
+
+    def fit(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(first.device, first.dtype if leaf.is_floating_point() else leaf.dtype)
+
+    return tree_map(fit, inputs)

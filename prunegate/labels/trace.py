@@ -29,7 +29,7 @@ _NODE = "_prunegate_node"
 _MAX_RECTANGLE_ROUNDS = 8
 
 # Python-level accesses that compute nothing: recording them would only cost time.
-_QUIET = frozenset(
+QUIET = frozenset(
     "__get__ __set__ size dim numel stride is_contiguous is_floating_point ndimension __len__ type data_ptr "
     "get_device item __bool__ is_complex __hash__ has_names element_size __format__ __repr__ tolist __int__ "
     "__float__ __index__ nelement is_signed is_inference".split()
@@ -41,6 +41,7 @@ class Trace:
     """What one labelled forward leaves behind.
 
     Attributes:
+        model: The model that was traced.
         algebra: The labels and the events (consumptions, reductions).
         tensors: Node of every parameter, buffer and plain tensor attribute, by its first qualified name.
         aliases: Other qualified names of the same tensors (tied weights), to the first one.
@@ -50,6 +51,7 @@ class Trace:
         modules: Qualified name of every module, by identity.
     """
 
+    model: nn.Module
     algebra: Algebra
     tensors: dict[str, Node]
     aliases: dict[str, str]
@@ -129,7 +131,7 @@ class _Record(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
-        if name in _QUIET:
+        if name in QUIET:
             out = func(*args, **kwargs)
             if func is _DATA_GETTER:
                 setattr(out, _NODE, node_of(args[0]))
@@ -251,7 +253,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         for tensor in tagged:
             if hasattr(tensor, _NODE):
                 delattr(tensor, _NODE)
-    result = Trace(algebra, tensors, aliases, dispatch.ops, record.calls, modules, parameters, outputs)
+    result = Trace(model, algebra, tensors, aliases, dispatch.ops, record.calls, modules, parameters, outputs)
     _settle(result)
     return result
 

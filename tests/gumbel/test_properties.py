@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from prunegate.gumbel import Philox, backends, gumbel_sigmoid, gumbel_softmax
 
-NAMES = [name for name in ("reference", "aten", "cpu") if backends().get(name) == "available"]
+NAMES = [name for name in ("reference", "aten", "cpu") if backends()[name].startswith("available")]
 numbers = st.floats(-1e4, 1e4, width=32)
 taus = st.floats(1e-3, 100)
 quick = settings(max_examples=60, deadline=None)
