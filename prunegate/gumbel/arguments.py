@@ -164,7 +164,12 @@ def refuse_impossible_rows(logits: Tensor, dim: int, offsets: Tensor | None) -> 
             best = torch.segment_reduce(logits.detach().contiguous(), "max", lengths=lengths[lengths > 0])
         bad = int(best.isneginf().sum())
     if bad:
-        raise SamplerError(
-            f"{bad} of {best.numel()} rows have no possible category: all their logits are -inf. "
-            "Leave at least one category of each row finite."
-        )
+        raise impossible_rows(bad, best.numel())
+
+
+def impossible_rows(bad: int, rows: int) -> SamplerError:
+    """The error that says how many of the rows have no category to choose."""
+    return SamplerError(
+        f"{bad} of {rows} rows have no possible category: all their logits are -inf. "
+        "Leave at least one category of each row finite."
+    )

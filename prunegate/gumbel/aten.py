@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from prunegate.errors import SamplerError
 from prunegate.gumbel import reference
-from prunegate.gumbel.arguments import Options, is_plain_eager, refuse_impossible_rows
+from prunegate.gumbel.arguments import Options, impossible_rows, is_plain_eager, refuse_impossible_rows
 from prunegate.gumbel.philox import Philox
 
 # Rows of up to this many categories are sampled transposed: reductions along a short last dimension are slow.
@@ -180,10 +179,7 @@ def _exactly_one(scores: Tensor, best: Tensor, dim: int) -> Tensor:
     """One-hot rows where the best score is shared (the first has it), infinite or NaN (the row is NaN, as in torch)."""
     impossible = int(best.isneginf().sum())
     if impossible:
-        raise SamplerError(
-            f"{impossible} of {best.numel()} rows have no possible category: all their logits are -inf. "
-            "Leave at least one category of each row finite."
-        )
+        raise impossible_rows(impossible, best.numel())
     hard = torch.zeros_like(scores).scatter_(dim, scores.argmax(dim, keepdim=True), 1.0)
     return torch.where(best.isfinite(), hard, math.nan)
 

@@ -8,36 +8,44 @@ import torch
 from torch import Tensor
 
 from prunegate.errors import SamplerError
-from prunegate.gumbel import aten, reference
+from prunegate.gumbel import aten, cpu, reference
 from prunegate.gumbel.arguments import Options
-from prunegate.gumbel.philox import Philox
 
-NAMES = ("reference", "aten")
+NAMES = ("reference", "aten", "cpu")
 
 
 def backends() -> dict[str, str]:
     """What can sample on this machine.
 
     Returns:
-        For each backend, ``"available"`` or the reason why it is not.
+        For each backend, a text that begins with ``"available"``, or the reason why it is not.
 
     Example:
         >>> backends()["reference"]
         'available'
     """
-    return dict.fromkeys(NAMES, "available")
+    return {"reference": "available", "aten": "available", "cpu": cpu.availability()}
 
 
-def choose(
-    backend: str, logits: Tensor, options: Options, generator: torch.Generator | Philox | None, ragged: bool
-) -> ModuleType:
+def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
     """The module that samples: the one asked for, or the fastest that can.
+
+    Kernels give way to torch's own operations, also where they were asked for by name, when a compiler or a
+    transform looks on, in float64, and for the estimators that they do not have.
 
     Raises:
         SamplerError: If there is no such backend, or the one asked for cannot take these arguments here.
     """
+    if backend == "auto":
+        return cpu if cpu.takes(logits, options) else aten
     if backend == "reference":
         return reference
-    if backend in ("aten", "auto"):
+    if backend == "aten":
         return aten
-    raise SamplerError(f"backend must be 'auto' or one of {', '.join(NAMES)}, not {backend!r}.")
+    if backend != "cpu":
+        raise SamplerError(f"backend must be 'auto' or one of {', '.join(NAMES)}, not {backend!r}.")
+    if logits.device.type != "cpu":
+        raise SamplerError(f"backend='cpu' samples tensors on the CPU, not on {logits.device}; leave it to 'auto'.")
+    if not torch.compiler.is_compiling() and cpu.load()[0] is None:
+        raise SamplerError(f"backend='cpu' is not available here: {cpu.availability()}.")
+    return cpu if cpu.takes(logits, options) else aten

@@ -49,7 +49,8 @@ def gumbel_softmax(
         rao_samples: Conditional draws to average the straight-through gradient over (arXiv 2010.04838); 0 uses
             the draw itself.
         segments: Offsets ``[rows + 1]`` that cut flat logits into rows of different lengths, each sampled by itself.
-        backend: ``"auto"``, or a name that :func:`backends` lists.
+        backend: ``"auto"``, or a name that :func:`backends` lists. Kernels give way to torch's own operations, also
+            where named, when a compiler or transform looks on, in float64, and for estimators that they do not have.
 
     Returns:
         The sample, with the shape and dtype of ``logits``.
@@ -68,7 +69,7 @@ def gumbel_softmax(
     check_logits(logits, dim)
     options = make_options(tau, tau_backward, hard, estimator, rao_samples)
     offsets = None if segments is None else make_offsets(segments, logits)
-    module = choose(backend, logits, options, generator, offsets is not None)
+    module = choose(backend, logits, options)
     if logits.numel() == 0:
         return logits.clone()
     if logits.dtype in _HALVES:
@@ -119,7 +120,7 @@ def gumbel_sigmoid(
     options = make_options(tau, tau_backward, hard, estimator, rao_samples)
     if segments is not None:
         make_offsets(segments, logits)
-    module = choose(backend, logits, options, generator, False)
+    module = choose(backend, logits, options)
     if logits.numel() == 0:
         return logits.clone()
     if logits.dtype in _HALVES:

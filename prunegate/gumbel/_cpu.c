@@ -1,0 +1,304 @@
+/* Fused samplers for CPU tensors: noise from a counter, scores, one-hot rows and relaxed rows in one visit.
+ *
+ * The kernels are in _cpu_kernels.h, compiled here for AVX-512, AVX2 with FMA, and whatever the compiler's default
+ * is; the caller says which to run. Tensors come as addresses, so that no header of torch is needed and one binary
+ * serves every version of Python and torch. Nothing here relies on relaxed floating-point rules of the compiler:
+ * they would delete the rounding trick in exp().
+ */
+#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <string.h>
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#define X86 1
+#include <immintrin.h>
+#endif
+
+/* Rows of up to this many columns are sampled one in each vector lane. */
+#define SHORT_ROW 128
+/* A thread is worth its start from about this many elements. */
+#define ELEMENTS_A_THREAD 65536
+#define MAX_THREADS 64
+
+typedef struct {
+    uint64_t seed;
+    uint32_t step, draw;
+} Key;
+
+typedef struct {
+    Key key;
+    const float *logits, *gradient, *saved;
+    float *hard, *soft, *out;
+    const int64_t *offsets;
+    int64_t columns;
+    float inverse_tau;
+    int binary;
+} Work;
+
+typedef struct {
+    void (*sigmoid_forward)(const Work *, int64_t, int64_t);
+    void (*sigmoid_backward)(const Work *, int64_t, int64_t);
+    int64_t (*softmax_forward)(const Work *, int64_t, int64_t);
+    void (*softmax_backward)(const Work *, int64_t, int64_t);
+    void (*noise)(const Work *, int64_t, int64_t);
+} Kernels;
+
+#define WIDTH 4
+#define ID(name) base_##name
+#define VMAX(a, b) base_where((a) > (b), a, b)
+#ifdef X86
+#define MUL_LOW(a, b) ((base_vl)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
+#else
+#define MUL_LOW(a, b) (((a) & 0xFFFFFFFFull) * ((b) & 0xFFFFFFFFull))
+#endif
+#define UNPACK_LO32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define UNPACK_HI32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define UNPACK_LO64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
+#define UNPACK_HI64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#include "_cpu_kernels.h"
+
+#ifdef X86
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define WIDTH 8
+#define ID(name) avx2_##name
+#define VMAX(a, b) ((avx2_vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define MUL_LOW(a, b) ((avx2_vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
+#define UNPACK_LO32(a, b) ((avx2_vi)_mm256_unpacklo_epi32((__m256i)(a), (__m256i)(b)))
+#define UNPACK_HI32(a, b) ((avx2_vi)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
+#define UNPACK_LO64(a, b) ((avx2_vi)_mm256_unpacklo_epi64((__m256i)(a), (__m256i)(b)))
+#define UNPACK_HI64(a, b) ((avx2_vi)_mm256_unpackhi_epi64((__m256i)(a), (__m256i)(b)))
+#include "_cpu_kernels.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,fma")
+#endif
+#define WIDTH 16
+#define ID(name) avx512_##name
+#define VMAX(a, b) ((avx512_vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define MUL_LOW(a, b) ((avx512_vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+#define UNPACK_LO32(a, b) ((avx512_vi)_mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b)))
+#define UNPACK_HI32(a, b) ((avx512_vi)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))
+#define UNPACK_LO64(a, b) ((avx512_vi)_mm512_unpacklo_epi64((__m512i)(a), (__m512i)(b)))
+#define UNPACK_HI64(a, b) ((avx512_vi)_mm512_unpackhi_epi64((__m512i)(a), (__m512i)(b)))
+#include "_cpu_kernels.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+
+static const Kernels *const kernels[] = {
+    &base_kernels,
+#ifdef X86
+    &avx2_kernels,
+    &avx512_kernels,
+#endif
+};
+
+static int best_level(void)
+{
+#ifdef X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return 1;
+#endif
+    return 0;
+}
+
+/* A share of the work for one thread. Threads are started for each call: none is left to break a later fork. */
+typedef struct {
+    void (*plain)(const Work *, int64_t, int64_t);
+    int64_t (*counting)(const Work *, int64_t, int64_t);
+    const Work *work;
+    int64_t begin, end, result;
+} Share;
+
+static void *run_share(void *argument)
+{
+    Share *share = argument;
+    share->result = 0;
+    if (share->counting)
+        share->result = share->counting(share->work, share->begin, share->end);
+    else
+        share->plain(share->work, share->begin, share->end);
+    return NULL;
+}
+
+static int64_t run(Share share, int64_t items, int64_t elements, int64_t unit, int64_t threads)
+{
+    int64_t result = 0;
+    Py_BEGIN_ALLOW_THREADS
+    pthread_t handles[MAX_THREADS];
+    Share shares[MAX_THREADS];
+    int64_t most = elements / ELEMENTS_A_THREAD;
+    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
+    threads = threads > most ? most : threads;
+    if (threads < 1)
+        threads = 1;
+    int64_t chunk = ((items + threads - 1) / threads + unit - 1) / unit * unit;
+    int started = 0;
+    for (int64_t begin = 0; begin < items; begin += chunk) {
+        Share *mine = &shares[started];
+        *mine = share;
+        mine->begin = begin;
+        mine->end = begin + chunk < items ? begin + chunk : items;
+        /* The last share is this thread's own; one that cannot be started is run here and now. */
+        if (mine->end == items || pthread_create(&handles[started], NULL, run_share, mine)) {
+            run_share(mine);
+            result += mine->result;
+        } else {
+            started++;
+        }
+    }
+    for (int i = 0; i < started; i++) {
+        pthread_join(handles[i], NULL);
+        result += shares[i].result;
+    }
+    Py_END_ALLOW_THREADS
+    return result;
+}
+
+/* Arguments come in one order for every function; see the docstrings. */
+static void *address(PyObject *o) { return (void *)(uintptr_t)PyLong_AsUnsignedLongLong(o); }
+
+static const Kernels *take_level(PyObject *o)
+{
+    long level = PyLong_AsLong(o);
+    if (!PyErr_Occurred() && (level < 0 || level > best_level()))
+        PyErr_Format(PyExc_ValueError, "level %ld cannot run here; 0 to %d can", level, best_level());
+    return PyErr_Occurred() ? NULL : kernels[level];
+}
+
+static Key take_key(PyObject *seed, PyObject *step)
+{
+    Key key = {PyLong_AsUnsignedLongLongMask(seed), (uint32_t)PyLong_AsUnsignedLongLongMask(step), 0};
+    return key;
+}
+
+static int arity(const char *name, Py_ssize_t given, Py_ssize_t expected)
+{
+    if (given != expected)
+        PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, not %zd", name, expected, given);
+    return given != expected;
+}
+
+static PyObject *sigmoid_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("sigmoid_forward", n, 9))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Work w = {.key = take_key(a[5], a[6]), .logits = address(a[1]), .hard = address(a[2]), .soft = address(a[3])};
+    int64_t count = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[8]);
+    w.inverse_tau = (float)PyFloat_AsDouble(a[7]);
+    if (PyErr_Occurred())
+        return NULL;
+    run((Share){.plain = k->sigmoid_forward, .work = &w}, count, count, 64, threads);
+    Py_RETURN_NONE;
+}
+
+static PyObject *sigmoid_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("sigmoid_backward", n, 7))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Work w = {.gradient = address(a[1]), .saved = address(a[2]), .out = address(a[3])};
+    int64_t count = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[6]);
+    w.inverse_tau = (float)PyFloat_AsDouble(a[5]);
+    if (PyErr_Occurred())
+        return NULL;
+    run((Share){.plain = k->sigmoid_backward, .work = &w}, count, count, 64, threads);
+    Py_RETURN_NONE;
+}
+
+static int64_t elements(const Work *w, int64_t rows) { return w->offsets ? w->offsets[rows] : rows * w->columns; }
+
+static PyObject *softmax_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("softmax_forward", n, 11))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Work w = {.key = take_key(a[7], a[8]), .logits = address(a[1]), .hard = address(a[2]), .soft = address(a[3])};
+    int64_t rows = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[10]);
+    w.columns = PyLong_AsLongLong(a[5]);
+    w.offsets = address(a[6]);
+    w.inverse_tau = (float)PyFloat_AsDouble(a[9]);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyLong_FromLongLong(
+        run((Share){.counting = k->softmax_forward, .work = &w}, rows, elements(&w, rows), 16, threads));
+}
+
+static PyObject *softmax_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("softmax_backward", n, 9))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Work w = {.gradient = address(a[1]), .saved = address(a[2]), .out = address(a[3])};
+    int64_t rows = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[8]);
+    w.columns = PyLong_AsLongLong(a[5]);
+    w.offsets = address(a[6]);
+    w.inverse_tau = (float)PyFloat_AsDouble(a[7]);
+    if (PyErr_Occurred())
+        return NULL;
+    run((Share){.plain = k->softmax_backward, .work = &w}, rows, elements(&w, rows), 16, threads);
+    Py_RETURN_NONE;
+}
+
+static PyObject *noise(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("noise", n, 7))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Work w = {.key = take_key(a[4], a[5]), .out = address(a[1])};
+    int64_t rows = PyLong_AsLongLong(a[2]);
+    w.columns = PyLong_AsLongLong(a[3]);
+    w.binary = PyObject_IsTrue(a[6]);
+    if (PyErr_Occurred())
+        return NULL;
+    run((Share){.plain = k->noise, .work = &w}, rows, elements(&w, rows), 1, 1);
+    Py_RETURN_NONE;
+}
+
+static PyObject *level(PyObject *self, PyObject *unused) { return PyLong_FromLong(best_level()); }
+
+static PyMethodDef methods[] = {
+    {"level", level, METH_NOARGS, "Best instruction set here: 0 the compiler's default, 1 AVX2 and FMA, 2 AVX-512."},
+    {"sigmoid_forward", (PyCFunction)(void (*)(void))sigmoid_forward, METH_FASTCALL,
+     "(level, logits, hard or 0, soft, count, seed, step, 1 / tau, threads): samples gates."},
+    {"sigmoid_backward", (PyCFunction)(void (*)(void))sigmoid_backward, METH_FASTCALL,
+     "(level, gradient, soft, out, count, 1 / tau, threads): gradient of the logits."},
+    {"softmax_forward", (PyCFunction)(void (*)(void))softmax_forward, METH_FASTCALL,
+     "(level, logits, hard or 0, soft, rows, columns, offsets or 0, seed, step, 1 / tau, threads): samples rows and "
+     "returns how many of them have no possible category."},
+    {"softmax_backward", (PyCFunction)(void (*)(void))softmax_backward, METH_FASTCALL,
+     "(level, gradient, soft, out, rows, columns, offsets or 0, 1 / tau, threads): gradient of the logits."},
+    {"noise", (PyCFunction)(void (*)(void))noise, METH_FASTCALL,
+     "(level, out, rows, columns, seed, step, binary): the noise that the samplers add."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_cpu", "Fused samplers for CPU tensors; addresses in, nothing checked.", 0, methods,
+    NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__cpu(void) { return PyModule_Create(&module); }

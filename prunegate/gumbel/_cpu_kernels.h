@@ -1,0 +1,507 @@
+/* The sampling kernels, written once for vectors of WIDTH floats and included once for each instruction set.
+ *
+ * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
+ * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
+ * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane.
+ */
+
+typedef float ID(vf) __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ID(vi) __attribute__((vector_size(4 * WIDTH)));
+typedef uint64_t ID(vl) __attribute__((vector_size(4 * WIDTH)));
+#define VF ID(vf)
+#define VI ID(vi)
+#define VL ID(vl)
+#define BLOCK (4 * WIDTH)
+#define INLINE static inline __attribute__((always_inline))
+/* Sums of long rows are taken in spans of this many columns: one long chain of additions would lose three digits. */
+#define SPAN (16 * BLOCK)
+
+INLINE VF ID(load)(const float *p)
+{
+    VF v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void ID(store)(float *p, VF v) { memcpy(p, &v, sizeof v); }
+
+INLINE VF ID(all)(float x) { return x - (VF){0}; }
+
+INLINE VF ID(where)(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
+
+INLINE float ID(sum)(VF v)
+{
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++)
+        total += v[i];
+    return total;
+}
+
+/* The sum of four running sums, which start again from 0. */
+INLINE VF ID(take_sum)(VF running[4])
+{
+    VF total = (running[0] + running[1]) + (running[2] + running[3]);
+    for (int k = 0; k < 4; k++)
+        running[k] = (VF){0};
+    return total;
+}
+
+INLINE float ID(largest)(VF v)
+{
+    float best = v[0];
+    for (int i = 1; i < WIDTH; i++)
+        best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+INLINE int ID(any)(VI v)
+{
+    int32_t bits = 0;
+    for (int i = 0; i < WIDTH; i++)
+        bits |= v[i];
+    return bits != 0;
+}
+
+/* Natural logarithm of positive normal numbers, within an ulp or two (the polynomial is that of Cephes). */
+INLINE VF ID(log)(VF x)
+{
+    VI bits = (VI)x - 0x3f3504f3;
+    VF e = __builtin_convertvector(bits >> 23, VF);
+    VF f = (VF)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    VF z = f * f;
+    VF p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    VF y = p * (f * z) - 2.12194440e-4f * e;
+    y = y - 0.5f * z;
+    return (f + y) + 0.693359375f * e;
+}
+
+/* Exponential of numbers that are 0 or less; those under -87 give 0, as does a NaN. */
+INLINE VF ID(exp)(VF x)
+{
+    VI in_range = x > -87.0f;
+    VF clamped = VMAX(x, ID(all)(-87.0f));
+    /* Adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold. */
+    VF shifted = clamped * 1.44269504088896341f + 12582912.0f;
+    VF n = shifted - 12582912.0f;
+    VF r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    VF scale = (VF)(((VI)shifted - 0x4b400000 + 127) << 23);
+    return (VF)((VI)(p * scale) & in_range);
+}
+
+/* Swaps rows and columns of the 4 by 4 matrices that the four vectors hold in each of their 128-bit lanes. */
+INLINE void ID(transpose)(VI v[4])
+{
+    VI a = UNPACK_LO32(v[0], v[1]), b = UNPACK_HI32(v[0], v[1]);
+    VI c = UNPACK_LO32(v[2], v[3]), d = UNPACK_HI32(v[2], v[3]);
+    v[0] = UNPACK_LO64(a, c);
+    v[1] = UNPACK_HI64(a, c);
+    v[2] = UNPACK_LO64(b, d);
+    v[3] = UNPACK_HI64(b, d);
+}
+
+INLINE void ID(transpose_floats)(VF v[4])
+{
+    VI w[4] = {(VI)v[0], (VI)v[1], (VI)v[2], (VI)v[3]};
+    ID(transpose)(w);
+    for (int k = 0; k < 4; k++)
+        v[k] = (VF)w[k];
+}
+
+/* Philox 4x32-10 of WIDTH counters: words[k] holds the k-th word of each. Lane L stands for counter
+ * (WIDTH / 4) * (L % 4) + L / 4, so that transpose() puts words[] into the order of columns.
+ *
+ * A counter's words are kept in the low halves of 64-bit lanes, even and odd lanes apart: the multiplication reads
+ * low halves only, so high halves may hold anything, and a product needs no shuffle to be used. */
+INLINE void ID(philox)(const Key *key, uint32_t column4, int columns_vary, uint32_t row, VI words[4])
+{
+    VL half[2][4];
+    for (int odd = 0; odd < 2; odd++) {
+        VL lane;
+        for (int i = 0; i < WIDTH / 2; i++) {
+            int at = 2 * i + odd;
+            lane[i] = (uint64_t)((WIDTH / 4) * (at % 4) + at / 4);
+        }
+        half[odd][0] = (VL){0} + column4;
+        half[odd][1] = (VL){0} + row;
+        half[odd][columns_vary ? 0 : 1] += lane;
+        half[odd][2] = (VL){0} + key->step;
+        half[odd][3] = (VL){0} + key->draw;
+    }
+    uint32_t k0 = (uint32_t)key->seed, k1 = (uint32_t)(key->seed >> 32);
+    for (int round = 0; round < 10; round++) {
+        for (int odd = 0; odd < 2; odd++) {
+            VL *c = half[odd];
+            VL p0 = MUL_LOW(c[0], (VL){0} + 0xD2511F53u), p1 = MUL_LOW(c[2], (VL){0} + 0xCD9E8D57u);
+            c[0] = (p1 >> 32) ^ c[1] ^ ((VL){0} + k0);
+            c[2] = (p0 >> 32) ^ c[3] ^ ((VL){0} + k1);
+            c[1] = p1;
+            c[3] = p0;
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    for (int k = 0; k < 4; k++)
+        words[k] = (VI)((half[0][k] & 0xFFFFFFFFull) | (half[1][k] << 32));
+}
+
+/* The low 31 bits as a number in (0, 0.5]. */
+INLINE VF ID(near)(VI word)
+{
+    return (__builtin_convertvector(word & 0x7fffffff, VF) + 0.5f) * 0x1p-32f;
+}
+
+/* Minus the Gumbel noise of each word: the logarithm of an exponential number. */
+INLINE VF ID(minus_gumbel)(VI word)
+{
+    VI upper = word < 0;
+    VF near = ID(near)(word);
+    VF x = ID(where)(upper, 1.0f - near, near);
+    /* What rounding 1 - near has lost, which is all that is left of a small `near`. */
+    VF lost = (VF)(upper & (VI)((1.0f - x) - near));
+    return ID(log)(-(ID(log)(x) + lost));
+}
+
+INLINE VF ID(logistic)(VI word)
+{
+    VF near = ID(near)(word);
+    VF size = ID(log)((1.0f - near) / near);
+    return (VF)((VI)size ^ (~word & INT32_MIN));
+}
+
+INLINE void ID(hard_and_soft)(VF score, VF inverse_tau, VF *hard, VF *soft)
+{
+    VI nan = score != score;
+    *hard = (VF)(((score > 0.0f) & (VI)ID(all)(1.0f)) | nan);
+    VF x = score * inverse_tau;
+    VF e = ID(exp)((VF)((VI)x | INT32_MIN));
+    VF upper = 1.0f / (1.0f + e);
+    *soft = (VF)((VI)ID(where)(x >= 0.0f, upper, e * upper) | nan);
+}
+
+static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
+{
+    VF inverse_tau = ID(all)(w->inverse_tau);
+    for (int64_t at = begin; at < end; at += BLOCK) {
+        float in[BLOCK], hard[BLOCK], soft[BLOCK];
+        int64_t left = end - at;
+        int whole = left >= BLOCK;
+        const float *from = w->logits + at;
+        float *to_hard = w->hard + at, *to_soft = w->soft + at;
+        if (!whole) {
+            memset(in, 0, sizeof in);
+            memcpy(in, from, left * sizeof(float));
+            from = in;
+            to_hard = hard;
+            to_soft = soft;
+        }
+        VI words[4];
+        ID(philox)(&w->key, (uint32_t)(at / 4), 1, 0, words);
+        ID(transpose)(words);
+        for (int k = 0; k < 4; k++) {
+            VF h, s, score = ID(load)(from + k * WIDTH) + ID(logistic)(words[k]);
+            ID(hard_and_soft)(score, inverse_tau, &h, &s);
+            if (w->hard)
+                ID(store)(to_hard + k * WIDTH, h);
+            ID(store)(to_soft + k * WIDTH, s);
+        }
+        if (!whole) {
+            if (w->hard)
+                memcpy(w->hard + at, hard, left * sizeof(float));
+            memcpy(w->soft + at, soft, left * sizeof(float));
+        }
+    }
+}
+
+static void ID(sigmoid_backward)(const Work *w, int64_t begin, int64_t end)
+{
+    const float *gradient = w->gradient, *soft = w->saved;
+    float *out = w->out, inverse_tau = w->inverse_tau;
+    for (int64_t i = begin; i < end; i++)
+        out[i] = gradient[i] * (inverse_tau * soft[i] * (1.0f - soft[i]));
+}
+
+/* What becomes of a row whose best score is `best`: 0, it is sampled; 1, it is NaN; 2, it has no category. */
+INLINE int ID(kind)(float best, int nan) { return nan || best == INFINITY ? 1 : best == -INFINITY ? 2 : 0; }
+
+/* One long row: lanes run along the columns. The relaxed row's memory holds the scores until they are used. */
+INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *soft, int64_t columns, uint32_t row)
+{
+    int64_t whole = columns / BLOCK * BLOCK;
+    float tail[BLOCK];
+    VF best4[4];
+    VI nan4[4] = {{0}, {0}, {0}, {0}};
+    for (int k = 0; k < BLOCK; k++)
+        tail[k] = -INFINITY;
+    memcpy(tail, logits + whole, (columns - whole) * sizeof(float));
+    for (int k = 0; k < 4; k++)
+        best4[k] = ID(all)(-INFINITY);
+    for (int64_t at = 0; at < columns; at += BLOCK) {
+        const float *from = at < whole ? logits + at : tail;
+        float *to = at < whole ? soft + at : tail;
+        VI words[4];
+        ID(philox)(&w->key, (uint32_t)(at / 4), 1, row, words);
+        ID(transpose)(words);
+        for (int k = 0; k < 4; k++) {
+            VF score = ID(load)(from + k * WIDTH) - ID(minus_gumbel)(words[k]);
+            best4[k] = VMAX(best4[k], score);
+            nan4[k] |= score != score;
+            ID(store)(to + k * WIDTH, score);
+        }
+    }
+    float best = ID(largest)(VMAX(VMAX(best4[0], best4[1]), VMAX(best4[2], best4[3])));
+    int kind = ID(kind)(best, ID(any)(nan4[0] | nan4[1] | nan4[2] | nan4[3]));
+    if (kind) {
+        for (int64_t i = 0; i < columns; i++) {
+            soft[i] = NAN;
+            if (hard)
+                hard[i] = NAN;
+        }
+        return kind == 2;
+    }
+    VF top = ID(all)(best), total4[4] = {{0}, {0}, {0}, {0}}, total = {0}, ones = {0};
+    for (int64_t at = 0; at < columns; at += BLOCK) {
+        float *scores = at < whole ? soft + at : tail, first[BLOCK];
+        float *to = at < whole && hard ? hard + at : first;
+        for (int k = 0; k < 4; k++) {
+            VF score = ID(load)(scores + k * WIDTH);
+            VF e = ID(exp)((score - top) * w->inverse_tau);
+            VF h = (VF)((score == top) & (VI)ID(all)(1.0f));
+            total4[k] += e;
+            ones += h;
+            ID(store)(scores + k * WIDTH, e);
+            ID(store)(to + k * WIDTH, h);
+        }
+        if (at >= whole && hard)
+            memcpy(hard + at, first, (columns - at) * sizeof(float));
+        if (at % SPAN == SPAN - BLOCK || at + BLOCK >= columns)
+            total += ID(take_sum)(total4);
+    }
+    if (hard && ID(sum)(ones) != 1.0f) {
+        int found = 0;
+        for (int64_t i = 0; i < columns; i++) {
+            hard[i] = !found && hard[i] == 1.0f;
+            found |= hard[i] == 1.0f;
+        }
+    }
+    VF scale = ID(all)(1.0f / ID(sum)(total));
+    for (int64_t at = 0; at < whole; at += WIDTH)
+        ID(store)(soft + at, ID(load)(soft + at) * scale);
+    for (int k = 0; k < 4; k++)
+        ID(store)(tail + k * WIDTH, ID(load)(tail + k * WIDTH) * scale);
+    memcpy(soft + whole, tail, (columns - whole) * sizeof(float));
+    return 0;
+}
+
+/* Four columns of WIDTH rows, to or from vectors with a row in each lane; what is outside the matrix is `fill`. */
+INLINE void ID(get_tile)(const float *from, int64_t columns, int wide, int64_t rows, float fill, VF v[4])
+{
+    float tile[BLOCK];
+    if (wide == 4 && rows == WIDTH)
+        for (int r = 0; r < WIDTH; r++)
+            memcpy(tile + 4 * r, from + r * columns, 4 * sizeof(float));
+    else
+        for (int r = 0; r < WIDTH; r++)
+            for (int k = 0; k < 4; k++)
+                tile[4 * r + k] = r < rows && k < wide ? from[r * columns + k] : fill;
+    for (int k = 0; k < 4; k++)
+        v[k] = ID(load)(tile + k * WIDTH);
+    ID(transpose_floats)(v);
+}
+
+INLINE void ID(put_tile)(float *to, int64_t columns, int wide, int64_t rows, VF v[4])
+{
+    float tile[BLOCK];
+    ID(transpose_floats)(v);
+    for (int k = 0; k < 4; k++)
+        ID(store)(tile + k * WIDTH, v[k]);
+    if (wide == 4)
+        for (int r = 0; r < rows; r++)
+            memcpy(to + r * columns, tile + 4 * r, 4 * sizeof(float));
+    else
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < wide; k++)
+                to[r * columns + k] = tile[4 * r + k];
+}
+
+/* WIDTH short rows at once, one in each lane: a row's reductions are sums of vectors. Returns impossible rows. */
+INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
+{
+    int64_t columns = w->columns;
+    const float *logits = w->logits + row * columns;
+    float *hard = w->hard ? w->hard + row * columns : NULL, *soft = w->soft + row * columns;
+    VF scores[SHORT_ROW], best = ID(all)(-INFINITY), total = {0};
+    VI nan = {0}, taken = {0};
+    for (int at = 0; at < columns; at += 4) {
+        int wide = columns - at < 4 ? (int)(columns - at) : 4;
+        VI words[4];
+        VF in[4];
+        ID(get_tile)(logits + at, columns, wide, rows, 0.0f, in);
+        ID(philox)(&w->key, (uint32_t)(at / 4), 0, (uint32_t)row, words);
+        for (int k = 0; k < wide; k++) {
+            VF score = in[k] - ID(minus_gumbel)(words[k]);
+            best = VMAX(best, score);
+            nan |= score != score;
+            scores[at + k] = score;
+        }
+    }
+    VI impossible = best == -INFINITY;
+    VI bad = nan | (best == INFINITY) | impossible;
+    for (int at = 0; at < columns; at += 4) {
+        int wide = columns - at < 4 ? (int)(columns - at) : 4;
+        VF h[4] = {{0}, {0}, {0}, {0}};
+        for (int k = 0; k < wide; k++) {
+            VI wins = (scores[at + k] == best) & ~taken;
+            taken |= wins;
+            h[k] = (VF)((wins & (VI)ID(all)(1.0f)) | bad);
+            VF e = ID(exp)((scores[at + k] - best) * w->inverse_tau);
+            total += e;
+            scores[at + k] = e;
+        }
+        if (hard)
+            ID(put_tile)(hard + at, columns, wide, rows, h);
+    }
+    VF scale = 1.0f / total;
+    for (int at = 0; at < columns; at += 4) {
+        int wide = columns - at < 4 ? (int)(columns - at) : 4;
+        VF s[4] = {{0}, {0}, {0}, {0}};
+        for (int k = 0; k < wide; k++)
+            s[k] = (VF)((VI)(scores[at + k] * scale) | bad);
+        ID(put_tile)(soft + at, columns, wide, rows, s);
+    }
+    int64_t count = 0;
+    if (ID(any)(impossible)) {
+        for (int r = 0; r < rows; r++) {
+            int lost = 1;
+            for (int64_t i = 0; i < columns; i++)
+                lost &= logits[r * columns + i] == -INFINITY;
+            count += lost;
+        }
+    }
+    return count;
+}
+
+static int64_t ID(softmax_forward)(const Work *w, int64_t begin, int64_t end)
+{
+    int64_t impossible = 0;
+    if (w->offsets) {
+        for (int64_t row = begin; row < end; row++) {
+            int64_t at = w->offsets[row], columns = w->offsets[row + 1] - at;
+            float *hard = w->hard ? w->hard + at : NULL;
+            if (columns)
+                impossible += ID(long_row)(w, w->logits + at, hard, w->soft + at, columns, (uint32_t)row);
+        }
+    } else if (w->columns <= SHORT_ROW) {
+        for (int64_t row = begin; row < end; row += WIDTH)
+            impossible += ID(short_rows)(w, row, end - row < WIDTH ? end - row : WIDTH);
+    } else {
+        for (int64_t row = begin; row < end; row++) {
+            int64_t at = row * w->columns;
+            float *hard = w->hard ? w->hard + at : NULL;
+            impossible += ID(long_row)(w, w->logits + at, hard, w->soft + at, w->columns, (uint32_t)row);
+        }
+    }
+    return impossible;
+}
+
+INLINE void ID(long_row_backward)(const float *gradient, const float *soft, float *out, int64_t columns, float scale)
+{
+    VF dot4[4] = {{0}, {0}, {0}, {0}}, total = {0};
+    int64_t i = 0;
+    float dot = 0;
+    for (; i + BLOCK <= columns; i += BLOCK) {
+        for (int k = 0; k < 4; k++)
+            dot4[k] += ID(load)(gradient + i + k * WIDTH) * ID(load)(soft + i + k * WIDTH);
+        if (i % SPAN == SPAN - BLOCK)
+            total += ID(take_sum)(dot4);
+    }
+    for (; i < columns; i++)
+        dot += gradient[i] * soft[i];
+    dot += ID(sum)(total + ID(take_sum)(dot4));
+    for (i = 0; i + WIDTH <= columns; i += WIDTH)
+        ID(store)(out + i, (ID(load)(gradient + i) - dot) * (ID(load)(soft + i) * scale));
+    for (; i < columns; i++)
+        out[i] = (gradient[i] - dot) * (soft[i] * scale);
+}
+
+INLINE void ID(short_rows_backward)(const Work *w, int64_t row, int64_t rows)
+{
+    int64_t columns = w->columns, start = row * columns;
+    VF g[SHORT_ROW + 3], s[SHORT_ROW + 3], dot = {0};
+    for (int at = 0; at < columns; at += 4) {
+        int wide = columns - at < 4 ? (int)(columns - at) : 4;
+        ID(get_tile)(w->gradient + start + at, columns, wide, rows, 0.0f, g + at);
+        ID(get_tile)(w->saved + start + at, columns, wide, rows, 0.0f, s + at);
+        for (int k = 0; k < wide; k++)
+            dot += g[at + k] * s[at + k];
+    }
+    for (int at = 0; at < columns; at += 4) {
+        int wide = columns - at < 4 ? (int)(columns - at) : 4;
+        VF out[4];
+        for (int k = 0; k < 4; k++)
+            out[k] = k < wide ? (g[at + k] - dot) * (s[at + k] * w->inverse_tau) : (VF){0};
+        ID(put_tile)(w->out + start + at, columns, wide, rows, out);
+    }
+}
+
+static void ID(softmax_backward)(const Work *w, int64_t begin, int64_t end)
+{
+    if (!w->offsets && w->columns <= SHORT_ROW) {
+        for (int64_t row = begin; row < end; row += WIDTH)
+            ID(short_rows_backward)(w, row, end - row < WIDTH ? end - row : WIDTH);
+        return;
+    }
+    for (int64_t row = begin; row < end; row++) {
+        int64_t at = w->offsets ? w->offsets[row] : row * w->columns;
+        int64_t columns = w->offsets ? w->offsets[row + 1] - at : w->columns;
+        ID(long_row_backward)(w->gradient + at, w->saved + at, w->out + at, columns, w->inverse_tau);
+    }
+}
+
+/* The noise itself, for tests: Gumbel noise of rows, or logistic noise of one row where `binary`. */
+static void ID(noise)(const Work *w, int64_t begin, int64_t end)
+{
+    for (int64_t row = begin; row < end; row++)
+        for (int64_t at = 0; at < w->columns; at += BLOCK) {
+            int64_t left = w->columns - at < BLOCK ? w->columns - at : BLOCK;
+            float made[BLOCK];
+            VI words[4];
+            ID(philox)(&w->key, (uint32_t)(at / 4), 1, (uint32_t)row, words);
+            ID(transpose)(words);
+            for (int k = 0; k < 4; k++)
+                ID(store)(made + k * WIDTH, w->binary ? ID(logistic)(words[k]) : -ID(minus_gumbel)(words[k]));
+            memcpy(w->out + row * w->columns + at, made, left * sizeof(float));
+        }
+}
+
+static const Kernels ID(kernels) = {
+    ID(sigmoid_forward), ID(sigmoid_backward), ID(softmax_forward), ID(softmax_backward), ID(noise),
+};
+
+#undef VF
+#undef VI
+#undef VL
+#undef BLOCK
+#undef SPAN
+#undef INLINE
+#undef WIDTH
+#undef ID
+#undef VMAX
+#undef MUL_LOW
+#undef UNPACK_LO32
+#undef UNPACK_HI32
+#undef UNPACK_LO64
+#undef UNPACK_HI64

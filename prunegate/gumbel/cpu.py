@@ -1,0 +1,250 @@
+"""The samplers in C for tensors on the CPU: one visit to memory forward, one backward.
+
+The extension is optional. It is built where a C compiler is found, tried against the oracle before its first use,
+and stays out of the way, with a line in the debug log, where it is missing or wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from prunegate.gumbel import reference
+from prunegate.gumbel.arguments import Options, impossible_rows, is_plain_eager, make_options
+from prunegate.gumbel.philox import Philox, take_state
+
+_LEVELS = ("baseline", "AVX2 and FMA", "AVX-512")
+
+
+class Extension(NamedTuple):
+    """The compiled module and the instruction set that it is used with."""
+
+    module: ModuleType
+    level: int
+
+
+@cache
+def load() -> tuple[Extension | None, str]:
+    """The extension, if it is there and right; and what to say about it.
+
+    Returns:
+        The extension with the best instruction set that passes the self-test, or ``None``; and the reason why.
+    """
+    try:
+        module = importlib.import_module("prunegate.gumbel._cpu")
+    except ImportError as error:
+        reason = f"the C extension is not built ({error}); install from source with a C compiler to have it"
+        logging.getLogger(__name__).debug("The CPU sampler steps aside: %s.", reason)
+        return None, reason
+    for level in range(module.level(), -1, -1):
+        extension = Extension(module, level)
+        if _is_right(extension):
+            return extension, f"available, {_LEVELS[level]}"
+        logging.getLogger(__name__).debug("The CPU sampler for %s fails its self-test.", _LEVELS[level])
+    return None, "the C extension fails its self-test on this machine"
+
+
+def _is_right(extension: Extension) -> bool:
+    """Whether the extension samples as the oracle does, on a few rows of every kind."""
+    state = torch.tensor([0x0123456789ABCDEF, 5])
+    options = make_options(0.7, None, True, "st", 0)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((5, 3), (3, 150)):
+        logits, gradient = (torch.randn(shape, generator=generator) for _ in "ab")
+        noise = reference.philox_gumbel(state, logits, -1, None)
+        hard, soft = (torch.empty_like(logits) for _ in "ab")
+        _softmax_forward(extension, logits, hard, soft, None, state, 0.7)
+        expected = reference.softmax(logits, noise, options, -1)
+        relaxed = torch.softmax((logits + noise) / 0.7, -1)
+        inner = relaxed * (gradient - (relaxed * gradient).sum(-1, keepdim=True)) / 0.7
+        found = _softmax_backward(extension, gradient, soft, None, 0.7)
+        if not (hard.equal(expected) and _near(soft, relaxed) and _near(found, inner)):
+            return False
+    logits, gradient = (torch.randn(150, generator=generator) for _ in "ab")
+    noise = reference.philox_logistic(state, logits)
+    hard, soft = (torch.empty_like(logits) for _ in "ab")
+    _sigmoid_forward(extension, logits, hard, soft, state, 0.7)
+    relaxed = torch.sigmoid((logits + noise) / 0.7)
+    found = _sigmoid_backward(extension, gradient, soft, 0.7)
+    return (
+        hard.equal(reference.sigmoid(logits, noise, options))
+        and _near(soft, relaxed)
+        and _near(found, gradient * relaxed * (1 - relaxed) / 0.7)
+    )
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    return bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-5))
+
+
+def availability() -> str:
+    """``"available"`` and the instruction set, or why the extension is not used."""
+    return load()[1]
+
+
+def takes(logits: Tensor, options: Options) -> bool:
+    """Whether these kernels can sample this; what they cannot, torch's own operations do."""
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and options.plain
+        and (options.hard or options.tau_backward is None)
+        and not isinstance(options.surrogate_tau, Tensor)
+        and is_plain_eager(logits)
+        and load()[0] is not None
+    )
+
+
+def sample_softmax(
+    logits: Tensor,
+    options: Options,
+    dim: int,
+    offsets: Tensor | None,
+    generator: torch.Generator | Philox | None,
+) -> Tensor:
+    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
+    state = take_state(generator, logits.device)
+    if logits.dim() == 0:
+        return _Softmax.apply(logits.reshape(1), options, None, state)[0 if options.hard else 1].reshape(())
+    last = dim in (-1, logits.dim() - 1)
+    rows = logits if last else logits.movedim(dim, -1)
+    sample = _Softmax.apply(rows, options, offsets, state)[0 if options.hard else 1]
+    return sample if last else sample.movedim(-1, dim).contiguous()
+
+
+def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
+    """Draws noise and samples one gate a logit."""
+    return _Sigmoid.apply(logits, options, take_state(generator, logits.device))[0 if options.hard else 1]
+
+
+class _Sigmoid(Function):
+    """Hard gates (``None`` unless asked for) and relaxed ones; saved as an output, these carry second derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        logits = logits.contiguous()
+        hard = torch.empty_like(logits) if options.hard else None
+        soft = torch.empty_like(logits)
+        _sigmoid_forward(_extension(), logits, hard, soft, state, float(options.surrogate_tau))
+        ctx.save_for_backward(soft)
+        ctx.tau = float(options.surrogate_tau)
+        ctx.set_materialize_grads(False)
+        return hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        gradient = _total(gradients)
+        if gradient is None:
+            return None, None, None
+        (soft,) = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain_eager(gradient):
+            return torch.ops.aten.sigmoid_backward(gradient, soft) / ctx.tau, None, None
+        return _sigmoid_backward(_extension(), gradient, soft, ctx.tau), None, None
+
+
+class _Softmax(Function):
+    """One-hot rows (``None`` unless asked for) and relaxed ones; saved as an output, these carry second derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        logits = logits.contiguous()
+        hard = torch.empty_like(logits) if options.hard else None
+        soft = torch.empty_like(logits)
+        _softmax_forward(_extension(), logits, hard, soft, offsets, state, float(options.surrogate_tau))
+        ctx.save_for_backward(soft)
+        ctx.offsets, ctx.tau = offsets, float(options.surrogate_tau)
+        ctx.set_materialize_grads(False)
+        return hard, soft
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        gradient = _total(gradients)
+        if gradient is None:
+            return None, None, None, None
+        (soft,) = ctx.saved_tensors
+        if not torch.is_grad_enabled() and is_plain_eager(gradient):
+            return _softmax_backward(_extension(), gradient, soft, ctx.offsets, ctx.tau), None, None, None
+        product = gradient * soft
+        if ctx.offsets is None:
+            return (product - soft * product.sum(-1, keepdim=True)) / ctx.tau, None, None, None
+        lengths = ctx.offsets.diff()
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        dots = product.new_zeros(len(lengths)).index_add(0, row, product)
+        return (product - soft * dots[row]) / ctx.tau, None, None, None
+
+
+def _extension() -> Extension:
+    extension = load()[0]
+    assert extension is not None  # takes() has seen it
+    return extension
+
+
+def _total(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _sigmoid_forward(
+    extension: Extension, logits: Tensor, hard: Tensor | None, soft: Tensor, state: Tensor, tau: float
+) -> None:
+    seed, step = state.tolist()
+    module, level = extension
+    out = 0 if hard is None else hard.data_ptr()
+    threads = torch.get_num_threads()
+    module.sigmoid_forward(level, logits.data_ptr(), out, soft.data_ptr(), logits.numel(), seed, step, 1 / tau, threads)
+
+
+def _sigmoid_backward(extension: Extension, gradient: Tensor, soft: Tensor, tau: float) -> Tensor:
+    gradient = gradient.contiguous()
+    out = torch.empty_like(soft)
+    module, level = extension
+    threads = torch.get_num_threads()
+    module.sigmoid_backward(level, gradient.data_ptr(), soft.data_ptr(), out.data_ptr(), soft.numel(), 1 / tau, threads)
+    return out
+
+
+def _rows(like: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    # Number of rows, columns of each, address of the offsets; one of the last two says nothing.
+    if offsets is not None:
+        return len(offsets) - 1, 0, offsets.data_ptr()
+    return like.numel() // like.shape[-1], like.shape[-1], 0
+
+
+def _softmax_forward(
+    extension: Extension,
+    logits: Tensor,
+    hard: Tensor | None,
+    soft: Tensor,
+    offsets: Tensor | None,
+    state: Tensor,
+    tau: float,
+) -> None:
+    seed, step = state.tolist()
+    module, level = extension
+    out = 0 if hard is None else hard.data_ptr()
+    rows = _rows(logits, offsets)
+    threads = torch.get_num_threads()
+    bad = module.softmax_forward(level, logits.data_ptr(), out, soft.data_ptr(), *rows, seed, step, 1 / tau, threads)
+    if bad:
+        raise impossible_rows(bad, rows[0])
+
+
+def _softmax_backward(
+    extension: Extension, gradient: Tensor, soft: Tensor, offsets: Tensor | None, tau: float
+) -> Tensor:
+    gradient = gradient.contiguous()
+    out = torch.empty_like(soft)
+    module, level = extension
+    rows = _rows(soft, offsets)
+    threads = torch.get_num_threads()
+    module.softmax_backward(level, gradient.data_ptr(), soft.data_ptr(), out.data_ptr(), *rows, 1 / tau, threads)
+    return out

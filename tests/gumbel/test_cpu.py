@@ -1,0 +1,179 @@
+"""The C kernels: every instruction set against the oracle given their own noise, threads, and stepping aside."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from prunegate.errors import SamplerError
+from prunegate.gumbel import Philox, backends, cpu, gumbel_sigmoid, gumbel_softmax, reference
+from prunegate.gumbel.arguments import make_options
+
+pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason=cpu.availability())
+
+SEED, STEP = 0xFEDCBA9876543210, 3
+SHAPES = [(1, 1), (37, 5), (40, 4), (33, 128), (3, 129), (5, 1024), (2, 50_257), (17, 32), (16, 64), (2, 191)]
+
+
+def extensions() -> list[cpu.Extension]:
+    found = cpu.load()[0]
+    return [] if found is None else [cpu.Extension(found.module, level) for level in range(found.level + 1)]
+
+
+@pytest.fixture(params=extensions(), ids=lambda extension: cpu._LEVELS[extension.level])
+def extension(request: pytest.FixtureRequest) -> cpu.Extension:
+    return request.param
+
+
+@pytest.fixture
+def state() -> torch.Tensor:
+    return Philox(SEED, STEP).take()
+
+
+def noise(extension: cpu.Extension, rows: int, columns: int, binary: bool) -> torch.Tensor:
+    out = torch.empty(rows, columns)
+    extension.module.noise(extension.level, out.data_ptr(), rows, columns, SEED, STEP, binary)
+    return out
+
+
+def test_noise_is_that_of_the_counter(extension: cpu.Extension, state: torch.Tensor) -> None:
+    like = torch.empty(9, 1000)
+    assert_close(noise(extension, 9, 1000, False), reference.philox_gumbel(state, like, -1, None), atol=4e-6, rtol=0)
+    assert_close(noise(extension, 1, 9000, True), reference.philox_logistic(state, like).view(1, -1), atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_rows_equal_the_oracle_given_the_noise(
+    extension: cpu.Extension, state: torch.Tensor, shape: tuple[int, int], tau: float
+) -> None:
+    logits, gradient = torch.randn(shape), torch.randn(shape)
+    drawn = noise(extension, *shape, False)
+    hard, soft = torch.empty(shape), torch.empty(shape)
+    cpu._softmax_forward(extension, logits, hard, soft, None, state, tau)
+    assert hard.equal(reference.softmax(logits, drawn, make_options(tau, None, True, "st", 0), -1))
+    # In float64, because the oracle's own rounding at a low temperature is as large as what is looked for.
+    exact = logits.double().requires_grad_()
+    relaxed = reference.softmax(exact, drawn.double(), make_options(tau, None, False, "st", 0), -1)
+    assert_close(soft.double(), relaxed.detach(), atol=1e-6, rtol=1e-6)
+    (expected,) = torch.autograd.grad(relaxed, exact, gradient.double())
+    found = cpu._softmax_backward(extension, gradient, soft, None, tau)
+    assert_close(found.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 1000])
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_gates_equal_the_oracle_given_the_noise(
+    extension: cpu.Extension, state: torch.Tensor, count: int, tau: float
+) -> None:
+    logits, gradient = torch.randn(count), torch.randn(count)
+    drawn = noise(extension, 1, count, True)[0]
+    hard, soft = torch.empty(count), torch.empty(count)
+    cpu._sigmoid_forward(extension, logits, hard, soft, state, tau)
+    assert hard.equal(reference.sigmoid(logits, drawn, make_options(tau, None, True, "st", 0)))
+    exact = logits.double().requires_grad_()
+    relaxed = torch.sigmoid((exact + drawn.double()) / tau)
+    assert_close(soft.double(), relaxed.detach(), atol=1e-6, rtol=1e-6)
+    (expected,) = torch.autograd.grad(relaxed, exact, gradient.double())
+    found = cpu._sigmoid_backward(extension, gradient, soft, tau)
+    assert_close(found.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
+
+
+def test_every_instruction_set_masks_ties_and_refuses_alike(extension: cpu.Extension, state: torch.Tensor) -> None:
+    for columns in (7, 200):
+        logits = torch.full((20, columns), 2.0**30)
+        logits[3] = torch.nan
+        logits[4, :-1] = -torch.inf
+        hard, soft = torch.empty_like(logits), torch.empty_like(logits)
+        cpu._softmax_forward(extension, logits, hard, soft, None, state, 0.5)
+        assert hard[3].isnan().all()
+        assert soft[3].isnan().all()
+        assert (hard.sum(-1).nan_to_num(1) == 1).all()
+        assert hard[4, -1] == soft[4, -1] == 1
+        logits[3], logits[17] = 0.0, -torch.inf
+        with pytest.raises(SamplerError, match="1 of 20 rows"):
+            cpu._softmax_forward(extension, logits, hard, soft, None, state, 0.5)
+
+
+def test_instruction_sets_draw_the_same_gates_up_to_near_ties(state: torch.Tensor) -> None:
+    logits = torch.randn(2000, 30)
+    drawn = []
+    for extension in extensions():
+        hard, soft = torch.empty_like(logits), torch.empty_like(logits)
+        cpu._softmax_forward(extension, logits, hard, soft, None, state, 1.0)
+        drawn.append(hard)
+    top = (logits + reference.philox_gumbel(state, logits, -1, None)).topk(2).values
+    clear = top[:, 0] - top[:, 1] > 1e-5
+    assert clear.sum() > 1900
+    for hard in drawn[1:]:
+        assert hard[clear].equal(drawn[0][clear])
+
+
+@pytest.mark.parametrize("shape", [(3000, 100), (1500, 200), (300_000,)], ids=str)
+def test_threads_do_not_change_the_draw(shape: tuple[int, ...]) -> None:
+    logits, weight = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for sampler in (gumbel_softmax, gumbel_sigmoid):
+            sample = sampler(logits, 0.7, True, generator=Philox(1), backend="cpu")
+            found += [sample.detach(), torch.autograd.grad(sample, logits, weight)[0]]
+    for first, second, third in zip(found[:4], found[4:8], found[8:], strict=True):
+        assert first.equal(second)
+        assert first.equal(third)
+
+
+def test_ragged_rows_have_second_derivatives() -> None:
+    logits, weight, probe = torch.randn(50, requires_grad=True), torch.randn(50), torch.randn(50)
+    derivatives = []
+    for name in ("cpu", "reference"):
+        sample = gumbel_softmax(logits, 0.8, True, segments=[0, 5, 6, 50], generator=Philox(2), backend=name)
+        (first,) = torch.autograd.grad((sample * weight).sum(), logits, create_graph=True)
+        derivatives.append([first.detach(), *torch.autograd.grad((first * probe).sum(), logits)])
+    assert_close(*derivatives)
+
+
+def test_denormal_numbers_still_exist() -> None:
+    # Linking with relaxed floating-point rules would flush them to zero in the whole process.
+    assert cpu.load()[0] is not None
+    assert torch.tensor([1e-40]).double().item() > 0
+    assert (torch.tensor([1e-38]) * 0.01).item() > 0
+
+
+def test_a_wrong_extension_steps_aside(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    extension = cpu.load()[0]
+    assert extension is not None
+    real = extension.module
+    wrong = types.SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if not name.startswith("_")})
+    # Frequencies would be right, gradients would not.
+    wrong.softmax_backward = lambda *a: real.softmax_backward(*a[:7], 1.02 * a[7], a[8])
+    monkeypatch.setattr(cpu.importlib, "import_module", lambda name: wrong)
+    cpu.load.cache_clear()
+    try:
+        with caplog.at_level(logging.DEBUG, logger="prunegate.gumbel.cpu"):
+            assert cpu.load()[0] is None
+            assert "fails its self-test" in backends()["cpu"]
+            count = len(caplog.records)
+            assert gumbel_softmax(torch.zeros(3, 4), hard=True).sum() == 3
+            assert len(caplog.records) == count > 0
+        with pytest.raises(SamplerError, match="not available here"):
+            gumbel_sigmoid(torch.zeros(3), backend="cpu")
+    finally:
+        monkeypatch.undo()
+        cpu.load.cache_clear()
+
+
+def test_without_the_extension_torch_samples() -> None:
+    program = (
+        "import sys; sys.modules['prunegate.gumbel._cpu'] = None\n"
+        "import torch; from prunegate.gumbel import backends, gumbel_sigmoid\n"
+        "assert 'not built' in backends()['cpu'], backends()\n"
+        "assert gumbel_sigmoid(torch.full((5,), 50.0), hard=True).sum() == 5\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120)
