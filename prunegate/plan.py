@@ -6,6 +6,7 @@ with one. A plan is data only: it names places in a model and holds integers and
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -65,8 +66,9 @@ class Argument:
 
     Attributes:
         kind: ``"size"``: entry ``index`` of the sizes of a view, reshape, expand and the like (from the end where
-            negative). ``"argument"``: the argument at position ``index``, the object of a method counted as 0, also
-            known by the keyword ``name``. ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript.
+            negative; ``name`` is ``"sequence"`` where one expression gives them all). ``"argument"``: the argument at
+            position ``index``, the object of a method counted as 0, also known by the keyword ``name``.
+            ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript.
             ``"split"``: the sections of a split; a ``chunk`` becomes a ``split`` for it.
         index: See ``kind``.
         name: See ``kind``.
@@ -149,6 +151,7 @@ class Plan:
     calls: tuple[CallEdit, ...] = ()
 
     def __post_init__(self) -> None:
+        """Checks that the parts fit together."""
         if set(self.dense) != set(self.kept):
             odd = sorted(set(self.dense) ^ set(self.kept))
             raise PlanError(f"a plan must give the dense shape of exactly the tensors that it cuts; see {odd[:3]}")
@@ -164,7 +167,12 @@ class Plan:
                     checked.add((id(positions), shape[dim]))
 
     def __hash__(self) -> int:
+        """Of the names, attributes and calls: mappings have no hash of their own."""
         return hash((tuple(sorted(self.dense)), self.attributes, self.calls))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """The plan itself: it is frozen, and every copy of a slim model carries it."""
+        return self
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a cut tensor after the cut."""
@@ -247,7 +255,7 @@ class Plan:
         try:
             document = json.loads(text, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
-            raise PlanError(f"not a plan: the text is not JSON ({error}); expected the output of Plan.to_json") from None
+            raise PlanError(f"not a plan: the text is not JSON ({error}); expected what Plan.to_json wrote") from None
         return _Reader(document).plan()
 
 
@@ -287,7 +295,7 @@ def _compose_attributes(first: Iterable[AttributeEdit], second: Iterable[Attribu
 def _check_positions(positions: tuple[int, ...], size: int, name: str, dim: int) -> None:
     if not positions:
         raise PlanError(f"nothing would be left of {name!r} along dimension {dim}")
-    if positions[0] < 0 or positions[-1] >= size or any(a >= b for a, b in zip(positions, positions[1:], strict=False)):
+    if positions[0] < 0 or positions[-1] >= size or any(a >= b for a, b in itertools.pairwise(positions)):
         raise PlanError(f"the positions kept of {name!r} along dimension {dim} must increase within 0 to {size - 1}")
 
 

@@ -1,8 +1,7 @@
-"""Between a call that ran and its place in the source.
+"""Functions and the calls in their source.
 
-A call that was recorded at run time is known by a code object and an instruction. In the source it is an AST node, and
-for a plan it is a ``CallSite``: function, name of the callee, and its ordinal among the calls of that name. The module
-translates between the three.
+A call that ran is known by a code object and an instruction; in the source it is an AST node; a plan names it by
+function, callee and ordinal. This module translates between the three.
 """
 
 from __future__ import annotations
@@ -11,43 +10,41 @@ import ast
 import builtins
 import functools
 import inspect
+import itertools
 import linecache
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 
-from torch import nn
-
-from prunegate.labels.record import FrameRecord
-from prunegate.plan import CallSite, Step
-
 __all__ = [
+    "CallLike",
     "CallNode",
     "FunctionSource",
-    "Located",
-    "find_call",
+    "callee_name",
+    "calls_below",
+    "contains_code",
     "find_method",
-    "locate",
-    "locate_call",
+    "full_name",
+    "innermost",
     "method_running",
     "read_source",
-    "resolve_callee",
+    "resolve",
 ]
 
-SOURCE_OF_EDIT = "__prunegate_source__"
-"""Attribute of a rewritten function: the name of the original and the place in it of each call, in order."""
+ORIGIN = "__prunegate_origin__"
+"""Attribute of a rewritten function: (name of the original, call and ordinal there of each of its calls, in order)."""
 
 CallLike = ast.Call | ast.Subscript | ast.BinOp | ast.AugAssign
+"""What counts as a call: operators and subscripts are calls too."""
 
 _OPERATORS: dict[type[ast.operator], str] = {
     ast.Add: "add", ast.Sub: "sub", ast.Mult: "mul", ast.Div: "truediv", ast.FloorDiv: "floordiv", ast.Mod: "mod",
     ast.Pow: "pow", ast.MatMult: "matmul", ast.BitAnd: "and", ast.BitOr: "or", ast.BitXor: "xor",
     ast.LShift: "lshift", ast.RShift: "rshift",
 }  # fmt: skip
-_COMPREHENSIONS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>"})
-_MAX_WRAPPERS = 8
+_MAX_DECORATORS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +53,9 @@ class CallNode:
 
     Attributes:
         node: The call, subscript or operator.
-        call: Name of the callee; in a rewritten function, of the original's call.
-        ordinal: Which of the calls with that name it is, in order of evaluation, in the original.
+        call: Name of the callee; in a rewritten function, that of the original's call.
+        ordinal: Which of the calls of that name it is, in order of evaluation, in the original; -1 for a call that a
+            rewrite added.
     """
 
     node: CallLike
@@ -72,7 +70,7 @@ class FunctionSource:
     Attributes:
         function: The function, without decorators.
         name: ``"package.module:Qualified.name"`` of the function, or of the original that it was rewritten from.
-        text: Source of the function, from the line of its first decorator, in UTF-8.
+        text: Its source from the line of its first decorator on, in UTF-8.
         first_line: Number, in the file, of the text's first line.
         definition: Its AST; line numbers are those of the file.
         calls: Its calls in order of evaluation.
@@ -84,129 +82,196 @@ class FunctionSource:
     first_line: int
     definition: ast.FunctionDef
     calls: tuple[CallNode, ...]
-    line_starts: tuple[int, ...] = field(repr=False)
-
-    def span(self, node: ast.AST) -> tuple[int, int]:
-        """Where ``node`` begins and ends in ``text``."""
-        return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+    _line_starts: tuple[int, ...] = field(repr=False)
 
     def offset(self, line: int, column: int) -> int:
         """Offset in ``text`` of a position in the file."""
-        return self.line_starts[line - self.first_line] + column
+        return self._line_starts[line - self.first_line] + column
+
+    def span(self, node: ast.expr | ast.stmt) -> tuple[int, int]:
+        """Where ``node`` begins and ends in ``text``."""
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the positional parameters."""
+        """Names of the parameters that can be given by position."""
         arguments = self.definition.args
         return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
 
     def find(self, call: str, ordinal: int) -> CallNode | None:
-        """The call with this name and ordinal."""
-        return next((node for node in self.calls if node.call == call and node.ordinal == ordinal), None)
+        """The call of this name and ordinal."""
+        return next((node for node in self.calls if (node.call, node.ordinal) == (call, ordinal)), None)
 
-    def at(self, code: CodeType, lasti: int, name: str = "") -> CallNode | None:
+    def at(self, code: CodeType, lasti: int, name: str) -> CallNode | None:
         """The call that an instruction makes.
 
         Args:
             code: The function's code, or that of a comprehension inside it.
             lasti: Index of the instruction in ``code``.
-            name: Name of the called function, which decides where several calls end at one place.
+            name: Plain name of the called function, which decides between calls that end at one place.
         """
-        position = next(_positions(code, lasti), None)
-        if position is None or None in position:
-            return None
+        position = next(itertools.islice(code.co_positions(), lasti // 2, None), (None,) * 4)
         line, end_line, column, end_column = position
-        ending = [
-            node for node in self.calls if (node.node.end_lineno, node.node.end_col_offset) == (end_line, end_column)
-        ]
+        ending = [n for n in self.calls if (n.node.end_lineno, n.node.end_col_offset) == (end_line, end_column)]
         # The start of an instruction moves to the last line of a chained call, so it decides only where it is found.
-        exact = [node for node in ending if (node.node.lineno, node.node.col_offset) == (line, column)]
-        for choice in (exact, [n for n in ending if _plain(callee_name(n.node)) == _plain(name)], ending):
+        exact = [n for n in ending if (n.node.lineno, n.node.col_offset) == (line, column)]
+        named = [n for n in ending if callee_name(n.node).strip("_") == name.strip("_")]
+        for choice in (exact, named):
             if len(choice) == 1:
                 return choice[0]
-        return max(ending, key=lambda node: self.span(node.node)[1] - self.span(node.node)[0], default=None)
+        return max(ending, key=lambda n: self.span(n.node)[1] - self.span(n.node)[0], default=None)
 
 
-@dataclass(frozen=True, eq=False)
-class Located:
-    """A recorded call, found in the source.
-
-    Attributes:
-        owner: The module whose method runs.
-        path: The calls that lead to it, the call itself last; those before it call free functions.
-    """
-
-    owner: nn.Module
-    path: tuple[tuple[FunctionSource, CallNode], ...]
-
-    @property
-    def source(self) -> FunctionSource:
-        """The function in which the call is written."""
-        return self.path[-1][0]
-
-    @property
-    def call(self) -> CallNode:
-        """The call."""
-        return self.path[-1][1]
-
-    def outer(self) -> Located:
-        """The call of the free function in which this call is written."""
-        return Located(self.owner, self.path[:-1])
-
-    def site(self, modules: Mapping[int, str]) -> CallSite | None:
-        """The name of this place in a plan; ``None`` where the module is not in ``modules``."""
-        if id(self.owner) not in modules:
-            return None
-        *via, last = [Step(source.name, node.call, node.ordinal) for source, node in self.path]
-        return CallSite(modules[id(self.owner)], last.function, last.call, last.ordinal, tuple(via))
+def callee_name(node: CallLike) -> str:
+    """Name of what is called: the last part of the callee, or the special method of an operator."""
+    if isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute):
+            return node.func.attr
+        return node.func.id if isinstance(node.func, ast.Name) else ""
+    if isinstance(node, ast.Subscript):
+        return "__getitem__" if isinstance(node.ctx, ast.Load) else "__setitem__"
+    in_place = "i" if isinstance(node, ast.AugAssign) else ""
+    return f"__{in_place}{_OPERATORS[type(node.op)]}__"
 
 
-def locate(frame: FrameRecord | None, name: str, modules: Mapping[int, str]) -> CallSite | None:
-    """The place in the source of a module's method where a call was made.
-
-    Args:
-        frame: Where the call was made.
-        name: Plain name of the called function.
-        modules: Qualified name of every module, by identity.
-
-    Returns:
-        The place, or ``None`` where no module's method can be edited for it.
-    """
-    located = locate_call(frame, name)
-    return None if located is None else located.site(modules)
+def calls_below(node: ast.AST) -> Iterator[CallLike]:
+    """The calls in a piece of source, inner ones before those that use them."""
+    for child in ast.iter_child_nodes(node):
+        yield from calls_below(child)
+    if isinstance(node, CallLike):
+        yield node
 
 
-def locate_call(frame: FrameRecord | None, name: str) -> Located | None:
-    """Like :func:`locate`, with the nodes."""
-    chain: list[FrameRecord] = []
-    while frame is not None:
-        chain.append(frame)
-        if frame.owner is not None:
-            break
-        frame = frame.caller
-    if not chain or chain[-1].owner is None:
+def full_name(function: FunctionType) -> str:
+    """``"package.module:Qualified.name"`` of a function; of the original where it is a rewritten one."""
+    origin = function.__dict__.get(ORIGIN)
+    return origin[0] if origin else f"{function.__module__}:{function.__qualname__}"
+
+
+def read_source(function: FunctionType) -> FunctionSource | None:
+    """The source of a function; ``None`` where it has none that can be rewritten (a lambda, generated code)."""
+    return _read(function.__code__, function)
+
+
+@functools.lru_cache(maxsize=2048)
+def _read(code: CodeType, function: FunctionType) -> FunctionSource | None:
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    first = code.co_firstlineno
+    try:
+        block = inspect.getblock(lines[first - 1 :])
+        nested = block[0][:1].isspace()
+        tree = ast.parse(("if True:\n" if nested else "") + "".join(block))
+    except (SyntaxError, IndexError, ValueError):
         return None
-    owner = chain[-1].owner
-    path: list[tuple[FunctionSource, CallNode]] = []
-    source: FunctionSource | None = None
-    for record, inner in zip(reversed(chain), [*reversed(chain[:-1]), None], strict=True):
-        if source is None:
-            method = method_running(type(owner), record.code)
-            source = None if method is None else read_source(method)
-        elif record.code is not source.function.__code__ and not _is_inside(record.code, source.function.__code__):
-            callee = resolve_callee(source, path.pop()[1].node) if path else None
-            # What was entered must be what the source names, else a rewrite would change another function.
-            if callee is None or innermost(callee, record.code) is None:
-                return None
-            path.append((source, _called(source, path_node)))
-            source = read_source(innermost(callee, record.code))  # type: ignore[arg-type]
-        if source is None:
+    ast.increment_lineno(tree, first - 1 - nested)
+    statement: ast.stmt = tree.body[0].body[0] if nested else tree.body[0]  # type: ignore[attr-defined]
+    if not isinstance(statement, ast.FunctionDef) or statement.name != code.co_name:
+        return None
+    encoded = [line.encode() for line in block]
+    starts = (0, *itertools.accumulate(len(line) for line in encoded))
+    calls = _numbered(statement, function)
+    if calls is None:
+        return None
+    return FunctionSource(function, full_name(function), b"".join(encoded), first, statement, calls, starts)
+
+
+def _numbered(definition: ast.FunctionDef, function: FunctionType) -> tuple[CallNode, ...] | None:
+    nodes = [node for statement in definition.body for node in calls_below(statement)]
+    origin = function.__dict__.get(ORIGIN)
+    if origin is not None:
+        keys = origin[1]
+        if len(keys) != len(nodes):
             return None
-        called = name if inner is None else inner.code.co_name
-        path_node = source.at(record.code, record.lasti, called)
-        if path_node is None:
+        return tuple(CallNode(node, *(key or ("", -1))) for node, key in zip(nodes, keys, strict=True))
+    counts: dict[str, int] = {}
+    calls = []
+    for node in nodes:
+        name = callee_name(node)
+        calls.append(CallNode(node, name, counts.get(name, 0)))
+        counts[name] = counts.get(name, 0) + 1
+    return tuple(calls)
+
+
+# ---------------------------------------------------------------------- functions behind decorators
+
+
+def innermost(value: Any, wanted: Callable[[FunctionType], bool], depth: int = 0) -> FunctionType | None:
+    """The innermost function that ``wanted`` accepts in a stack of decorators around a function."""
+    while isinstance(value, staticmethod | classmethod | types.MethodType):
+        value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, functools.partial):
+        value = value.func
+    if not isinstance(value, FunctionType) or depth > _MAX_DECORATORS:
+        return None
+    for inner in wrapped_by(value):
+        found = innermost(inner, wanted, depth + 1)
+        if found is not None:
+            return found
+    return value if wanted(value) else None
+
+
+def wrapped_by(function: FunctionType) -> list[FunctionType]:
+    """The functions that a decorator's wrapper may call: those in its closure."""
+    inner = []
+    for cell in function.__closure__ or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+        if isinstance(content, FunctionType) and content is not function:
+            inner.append(content)
+    return inner
+
+
+@functools.lru_cache(maxsize=4096)
+def method_running(cls: Any, code: CodeType) -> FunctionType | None:
+    """The method of ``cls`` or of one of its bases whose code this is."""
+    return _method(cls, lambda function: function.__code__ is code)
+
+
+@functools.lru_cache(maxsize=4096)
+def find_method(cls: Any, name: str) -> FunctionType | None:
+    """The method ``"package.module:Qualified.name"`` of ``cls`` or of one of its bases, without decorators."""
+    return _method(cls, lambda function: full_name(function) == name)
+
+
+def _method(cls: type, wanted: Callable[[FunctionType], bool]) -> FunctionType | None:
+    for base in cls.__mro__:
+        for value in vars(base).values():
+            found = innermost(value, wanted)
+            if found is not None:
+                return found
+    return None
+
+
+def contains_code(outer: CodeType, code: CodeType) -> bool:
+    """Whether ``code`` is that of a comprehension, lambda or function written inside ``outer``."""
+    return any(
+        constant is code or contains_code(constant, code)
+        for constant in outer.co_consts
+        if isinstance(constant, CodeType)
+    )
+
+
+def resolve(source: FunctionSource, expression: ast.expr) -> Any:
+    """What a name, or an attribute of one, outside of the function stands for; ``None`` where it is a local value."""
+    if isinstance(expression, ast.Attribute):
+        parent = resolve(source, expression.value)
+        return None if parent is None else getattr(parent, expression.attr, None)
+    if not isinstance(expression, ast.Name):
+        return None
+    function, name = source.function, expression.id
+    code = function.__code__
+    if name in code.co_varnames or name in code.co_cellvars:
+        return None
+    if name in code.co_freevars:
+        cell = (function.__closure__ or ())[code.co_freevars.index(name)]
+        try:
+            return cell.cell_contents
+        except ValueError:  # not assigned yet
             return None
-        if path and path[-1][0] is source:
-            path.pop()
-        path.append((source, path_node))
-    return Located(owner, tuple(path))
+    return function.__globals__.get(name, getattr(builtins, name, None))

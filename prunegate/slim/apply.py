@@ -1,0 +1,61 @@
+"""From a model and a plan to the slim model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from prunegate.plan import Plan
+from prunegate.slim.attributes import check_attributes, follow_weights, set_attributes
+from prunegate.slim.edits import apply_edits
+from prunegate.slim.slicing import check_tensors, cut_tensors
+from prunegate.tensors import tensor_caches
+
+__all__ = ["apply_plan", "plan_of"]
+
+_PLAN = "_prunegate_plan"
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan by which a model was cut, from the first dense model on; an empty one for a model that was not."""
+    plan: Plan = model.__dict__.get(_PLAN, Plan())
+    return plan
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Cuts a model along a plan.
+
+    Args:
+        model: The model that the plan was made for, on any device, also ``"meta"``. It is left as it is.
+        plan: What stays.
+
+    Returns:
+        The slim model: of the same class, with the kept positions of every tensor. Where a call's arguments had to
+        change, its module is of a subclass of the same name.
+
+    Raises:
+        PlanError: The plan was made for another model; nothing has changed then.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> kept = {"0.weight": {0: (0, 2)}, "0.bias": {0: (0, 2)}, "2.weight": {1: (0, 2)}}
+        >>> dense = {"0.weight": (3, 4), "0.bias": (3,), "2.weight": (2, 3)}
+        >>> apply_plan(net, Plan(dense, kept))[0]
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    check_tensors(model, plan)
+    check_attributes(model, plan.attributes)
+    # Copying with the cut tensors already in the memo never holds a second dense model, and keeps tied ones tied.
+    memo: dict[int, Any] = dict(cut_tensors(model, plan))
+    slim = copy.deepcopy(model, memo)
+    set_attributes(slim, plan.attributes)
+    follow_weights(model, slim)
+    set_attributes(slim, plan.attributes)
+    for cache in tensor_caches(slim):
+        cache.clear()
+    apply_edits(slim, plan.calls)
+    slim.__dict__[_PLAN] = plan_of(model).compose(plan)
+    return slim
