@@ -20,6 +20,8 @@ __all__ = ["MASKED_CALLS", "masked_call"]
 
 Function = Callable[..., Any]
 
+_MAX_EXPONENT = 60.0  # exp(60) is 1e26, finite in float32 and bfloat16
+
 
 def masked_call(name: str) -> Callable[..., Any]:
     """The masked form of a torch call, by the call's plain name. Raises KeyError where there is none."""
@@ -35,7 +37,9 @@ def _dims(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
 def _count(keep: Tensor, x: Tensor, dims: Sequence[int]) -> Tensor:
     """How many positions of ``x`` are kept along ``dims``, reduced dimensions kept at size 1."""
     keep = keep.reshape((1,) * (x.dim() - keep.dim()) + keep.shape)
-    repeated = math.prod(x.shape[d] for d in dims if keep.shape[d] == 1)
+    repeated = 1
+    for dim in dims:
+        repeated *= x.shape[dim] if keep.shape[dim] == 1 else 1
     return keep.sum(list(dims), keepdim=True) * repeated
 
 
@@ -148,8 +152,8 @@ def _softmax(function: Function, keep: Tensor, input: Tensor, dim: int, *_: Any,
              dtype: torch.dtype | None = None, **__: Any) -> Tensor:  # fmt: skip
     input = input if dtype is None else input.to(dtype)
     top = input.detach().masked_fill(keep == 0, -math.inf).amax(dim, keepdim=True)
-    # Removed positions may lie far above the kept ones; clamped they stay finite and their weight is zero anyway.
-    weight = (input - top).clamp(max=0).exp() * keep
+    # Removed positions may lie far above the kept ones: their weight is zero, but it must come from a finite number.
+    weight = (input - top).clamp(max=_MAX_EXPONENT).exp() * keep
     return weight / weight.sum(dim, keepdim=True)
 
 

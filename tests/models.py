@@ -73,5 +73,5 @@ def outputs(tree: Any) -> list[Tensor]:
 def relative_error(a: Any, b: Any) -> float:
     """Largest difference over the largest value, over all outputs."""
     pairs = list(zip(outputs(a), outputs(b), strict=True))
-    scale = max(float(x.abs().max()) for x, _ in pairs)
-    return max(float((x - y).abs().max()) for x, y in pairs) / scale
+    scale = max(float(x.detach().abs().max()) for x, _ in pairs)
+    return max(float((x - y).detach().abs().max()) for x, y in pairs) / scale

@@ -6,7 +6,6 @@ import doctest
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a reader of the README has at hand: a loader and a number of epochs; weights here are not downloaded."""
     create = timm.create_model
 
@@ -36,7 +35,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str
     monkeypatch.setattr(timm, "create_model", without_download)
     monkeypatch.chdir(tmp_path)
     batches = [(torch.randn(2, 3, 224, 224), torch.randint(0, 1000, (2,))) for _ in range(2)]
-    yield {"loader": batches, "epochs": 2}
+    return {"loader": batches, "epochs": 2}
 
 
 def test_python_of_the_readme_runs_from_top_to_bottom(reader: dict[str, Any]) -> None:
