@@ -1,0 +1,214 @@
+"""Time and memory of the samplers beside ``torch.nn.functional.gumbel_softmax(hard=True)``, forward and backward.
+
+    python tools/bench_gumbel.py --rounds 9
+
+Baseline and backends run in turn within one process, on one thread, in float32; a row shows the median time and the
+median of the rounds' ratios with their quartiles. Binary gates are compared with the baseline on logits [n, 2], and
+a model of many layers with a loop over its layers. Before a backend is timed, its samples and gradients are checked
+against softmax and against the baseline's mean gradient.
+
+Memory is the growth of the peak of resident memory over one forward and backward, less the sample and the gradient
+that the caller keeps, in units of the sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunegate.gumbel import backends, gumbel_sigmoid, gumbel_softmax
+
+LAYERS = 500
+
+
+class Case(NamedTuple):
+    """One thing to sample: its name, the logits, and whether they are binary gates."""
+
+    name: str
+    logits: Tensor
+    binary: bool
+    layers: int = 1
+
+
+def make_cases(device: str, quick: bool) -> list[Case]:
+    """The cases of the table; smaller ones where ``quick``."""
+    shrink = 16 if quick else 1
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    cases = [Case("binary, 26,560", logits(26_560), True), Case("binary, 10^6", logits(1_000_000 // shrink), True)]
+    for rows, columns in [(100_000, 32), (4096, 1024), (1_000_000, 4), (64, 50_257)]:
+        cases.append(Case(f"[{rows}, {columns}]", logits(max(rows // shrink, 4), columns), False))
+    cases.append(Case(f"{LAYERS} layers, 26,560 gates", logits(26_560), True, LAYERS))
+    return cases
+
+
+def baseline(case: Case) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function that samples with torch and returns the sample and the gradient of the logits."""
+    logits = torch.stack([case.logits, torch.zeros_like(case.logits)], -1) if case.binary else case.logits
+    gradient = torch.linspace(-1, 1, logits.shape[-1], device=logits.device).expand_as(logits).contiguous()
+    pieces = [piece.contiguous().requires_grad_() for piece in logits.tensor_split(case.layers)]
+    weights = [piece.contiguous() for piece in gradient.tensor_split(case.layers)]
+
+    def run() -> tuple[Tensor, Tensor]:
+        for piece, weight in zip(pieces, weights, strict=True):
+            sample = F.gumbel_softmax(piece, hard=True)
+            (found,) = torch.autograd.grad(sample, piece, weight)
+        return sample, found
+
+    return run
+
+
+def candidate(case: Case, backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    """The same with one of our backends; all layers in one call."""
+    logits = case.logits.clone().requires_grad_()
+    columns = 2 if case.binary else logits.shape[-1]
+    weight = torch.linspace(-1, 1, columns, device=logits.device)
+    if case.binary:
+        # The gate is the pair's first member: what it gets is the difference of the pair's weights.
+        weight = weight[0] - weight[1]
+    weight = weight.expand_as(logits).contiguous()
+
+    def run() -> tuple[Tensor, Tensor]:
+        sample = (gumbel_sigmoid if case.binary else gumbel_softmax)(logits, hard=True, backend=backend)
+        (found,) = torch.autograd.grad(sample, logits, weight)
+        return sample, found
+
+    return run
+
+
+def check(case: Case, backend: str) -> None:
+    """Refuses to time what is wrong: values, frequencies and the mean gradient."""
+    whole = Case(case.name, case.logits, case.binary)
+    sample, gradient = candidate(whole, backend)()
+    _, expected = baseline(whole)()
+    assert bool(((sample == 0) | (sample == 1)).all())
+    if case.binary:
+        probability = case.logits.sigmoid()
+        expected = expected[..., 0]
+    else:
+        probability = case.logits.softmax(-1)
+        assert bool((sample.sum(-1) == 1).all())
+        assert float(gradient.sum(-1).abs().max()) < 1e-4
+    # Rows and columns differ, so it is totals over many of them that are compared, each with its own spread.
+    variance = probability * (1 - probability)
+    for missed, spread in zip(_totals(sample - probability), _totals(variance), strict=True):
+        assert abs(missed) <= 6 * spread**0.5, f"{backend}: frequencies are off"
+    for part in (gradient - expected).tensor_split(16, dim=-1):
+        # Columns of one row depend on each other; rows do not, and gates do not.
+        gaps = (part if case.binary else part.sum(-1)).double()
+        assert abs(float(gaps.sum())) <= 6 * float(gaps.square().sum()) ** 0.5, f"{backend}: gradients are off"
+
+
+def _totals(values: Tensor) -> list[float]:
+    return [float(part.detach().double().sum()) for part in values.tensor_split(16, dim=-1)]
+
+
+def clock(run: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of one run, the mean of several."""
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def extra_memory(run: Callable[[], tuple[Tensor, Tensor]], device: str) -> float:
+    """Peak growth of memory over one run, in samples, without the sample and the gradient that are kept."""
+    size = sum(tensor.nbytes for tensor in run()) / 2
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        peak = torch.cuda.max_memory_allocated()
+        del kept
+        return (peak - before) / size - 2
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+
+    def read(name: str) -> int:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return int(line.split()[1]) * 1024
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = read("VmRSS")
+    kept = run()
+    peak = read("VmHWM")
+    del kept
+    return (peak - before) / size - 2
+
+
+def measure(case: Case, names: list[str], rounds: int, device: str) -> list[tuple[str, ...]]:
+    """One table row for the baseline and for each backend."""
+    runs = {"torch": baseline(case)} | {name: candidate(case, name) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    repeats = {}
+    for name, run in runs.items():
+        run()
+        once = clock(run, 1, device)
+        repeats[name] = max(1, min(100, int(0.02 / once)))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            seconds[name].append(clock(run, repeats[name], device))
+    rows = []
+    for name, taken in seconds.items():
+        ratios = [theirs / ours for theirs, ours in zip(seconds["torch"], taken, strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        large = case.logits.numel() >= 1_000_000 and case.layers == 1
+        memory = f"{extra_memory(runs[name], device):.1f}" if large else ""
+        ratio = "" if name == "torch" else f"{median(ratios):.1f}x ({low:.1f} to {high:.1f})"
+        rows.append((case.name, name, f"{median(taken) * 1e6:,.0f}", ratio, memory))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table.
+
+    Args:
+        argv: Command line without the program's name; ``None`` takes it from ``sys.argv``.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="rounds over baseline and backends (default 9)")
+    parser.add_argument("--quick", action="store_true", help="smaller cases, for a first look")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backends", nargs="+", help="default: all that are available but the reference")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    # Not the seed of the logits: noise from the same numbers would depend on them.
+    torch.manual_seed(1)
+    listed = backends()
+    fitting = ("aten", "cpu") if options.device == "cpu" else ("aten", "triton")
+    usable = [name for name in fitting if listed.get(name, "").startswith("available")]
+    names = options.backends or usable
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
+    title = f"forward and backward, float32, {device}, torch {torch.__version__}, {options.rounds} rounds"
+    table = Table("case", "backend", "median µs", "times faster (quartiles)", "extra memory", title=title)
+    for case in make_cases(options.device, options.quick):
+        for name in names:
+            check(case, name)
+        for row in measure(case, names, options.rounds, options.device):
+            table.add_row(*row)
+        table.add_section()
+    console = Console(width=110)
+    console.print(table)
+    for name, reason in listed.items():
+        console.print(f"{name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()
