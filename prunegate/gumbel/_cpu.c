@@ -59,9 +59,15 @@ typedef struct {
 #define UNPACK_HI32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #define UNPACK_LO64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
 #define UNPACK_HI64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#define LOAD_ROWS(from, stride) base_load(from)
+#define STORE_ROWS(to, stride, v) base_store(to, v)
 #include "_cpu_kernels.h"
 
 #ifdef X86
+
+/* Four floats of one row after another fill the 128-bit lanes. Through memory this would wait for its own stores. */
+#define PAIR_OF_ROWS(from, stride) \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from)), _mm_loadu_ps((from) + (stride)), 1)
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -77,6 +83,10 @@ typedef struct {
 #define UNPACK_HI32(a, b) ((avx2_vi)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
 #define UNPACK_LO64(a, b) ((avx2_vi)_mm256_unpacklo_epi64((__m256i)(a), (__m256i)(b)))
 #define UNPACK_HI64(a, b) ((avx2_vi)_mm256_unpackhi_epi64((__m256i)(a), (__m256i)(b)))
+#define LOAD_ROWS(from, stride) ((avx2_vf)PAIR_OF_ROWS(from, stride))
+#define STORE_ROWS(to, stride, v) \
+    (_mm_storeu_ps(to, _mm256_castps256_ps128((__m256)(v))), \
+     _mm_storeu_ps((to) + (stride), _mm256_extractf128_ps((__m256)(v), 1)))
 #include "_cpu_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
@@ -94,6 +104,14 @@ typedef struct {
 #define UNPACK_HI32(a, b) ((avx512_vi)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))
 #define UNPACK_LO64(a, b) ((avx512_vi)_mm512_unpacklo_epi64((__m512i)(a), (__m512i)(b)))
 #define UNPACK_HI64(a, b) ((avx512_vi)_mm512_unpackhi_epi64((__m512i)(a), (__m512i)(b)))
+#define LOAD_ROWS(from, stride) \
+    ((avx512_vf)_mm512_insertf32x8(_mm512_castps256_ps512(PAIR_OF_ROWS(from, stride)), \
+                                   PAIR_OF_ROWS((from) + 2 * (stride), stride), 1))
+#define STORE_ROWS(to, stride, v) \
+    (_mm_storeu_ps(to, _mm512_castps512_ps128((__m512)(v))), \
+     _mm_storeu_ps((to) + (stride), _mm512_extractf32x4_ps((__m512)(v), 1)), \
+     _mm_storeu_ps((to) + 2 * (stride), _mm512_extractf32x4_ps((__m512)(v), 2)), \
+     _mm_storeu_ps((to) + 3 * (stride), _mm512_extractf32x4_ps((__m512)(v), 3)))
 #include "_cpu_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop

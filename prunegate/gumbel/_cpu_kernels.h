@@ -2,7 +2,8 @@
  *
  * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
  * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
- * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane.
+ * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane, and
+ * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows.
  */
 
 typedef float ID(vf) __attribute__((vector_size(4 * WIDTH)));
@@ -306,35 +307,37 @@ INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *
     return 0;
 }
 
-/* Four columns of WIDTH rows, to or from vectors with a row in each lane; what is outside the matrix is `fill`. */
-INLINE void ID(get_tile)(const float *from, int64_t columns, int wide, int64_t rows, float fill, VF v[4])
+/* Four columns of WIDTH rows, to or from vectors with a row in each lane; what is outside the matrix is 0. */
+INLINE void ID(get_tile)(const float *from, int64_t columns, int wide, int64_t rows, VF v[4])
 {
-    float tile[BLOCK];
-    if (wide == 4 && rows == WIDTH)
-        for (int r = 0; r < WIDTH; r++)
-            memcpy(tile + 4 * r, from + r * columns, 4 * sizeof(float));
-    else
-        for (int r = 0; r < WIDTH; r++)
-            for (int k = 0; k < 4; k++)
-                tile[4 * r + k] = r < rows && k < wide ? from[r * columns + k] : fill;
-    for (int k = 0; k < 4; k++)
-        v[k] = ID(load)(tile + k * WIDTH);
+    if (wide == 4 && rows == WIDTH) {
+        for (int k = 0; k < 4; k++)
+            v[k] = LOAD_ROWS(from + k * (WIDTH / 4) * columns, columns);
+    } else {
+        float tile[BLOCK] = {0};
+        for (int r = 0; r < rows; r++)
+            for (int k = 0; k < wide; k++)
+                tile[4 * r + k] = from[r * columns + k];
+        for (int k = 0; k < 4; k++)
+            v[k] = ID(load)(tile + k * WIDTH);
+    }
     ID(transpose_floats)(v);
 }
 
 INLINE void ID(put_tile)(float *to, int64_t columns, int wide, int64_t rows, VF v[4])
 {
-    float tile[BLOCK];
     ID(transpose_floats)(v);
-    for (int k = 0; k < 4; k++)
-        ID(store)(tile + k * WIDTH, v[k]);
-    if (wide == 4)
-        for (int r = 0; r < rows; r++)
-            memcpy(to + r * columns, tile + 4 * r, 4 * sizeof(float));
-    else
+    if (wide == 4 && rows == WIDTH) {
+        for (int k = 0; k < 4; k++)
+            STORE_ROWS(to + k * (WIDTH / 4) * columns, columns, v[k]);
+    } else {
+        float tile[BLOCK];
+        for (int k = 0; k < 4; k++)
+            ID(store)(tile + k * WIDTH, v[k]);
         for (int r = 0; r < rows; r++)
             for (int k = 0; k < wide; k++)
                 to[r * columns + k] = tile[4 * r + k];
+    }
 }
 
 /* WIDTH short rows at once, one in each lane: a row's reductions are sums of vectors. Returns impossible rows. */
@@ -349,7 +352,7 @@ INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
         VI words[4];
         VF in[4];
-        ID(get_tile)(logits + at, columns, wide, rows, 0.0f, in);
+        ID(get_tile)(logits + at, columns, wide, rows, in);
         ID(philox)(&w->key, (uint32_t)(at / 4), 0, (uint32_t)row, words);
         for (int k = 0; k < wide; k++) {
             VF score = in[k] - ID(minus_gumbel)(words[k]);
@@ -443,8 +446,8 @@ INLINE void ID(short_rows_backward)(const Work *w, int64_t row, int64_t rows)
     VF g[SHORT_ROW + 3], s[SHORT_ROW + 3], dot = {0};
     for (int at = 0; at < columns; at += 4) {
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
-        ID(get_tile)(w->gradient + start + at, columns, wide, rows, 0.0f, g + at);
-        ID(get_tile)(w->saved + start + at, columns, wide, rows, 0.0f, s + at);
+        ID(get_tile)(w->gradient + start + at, columns, wide, rows, g + at);
+        ID(get_tile)(w->saved + start + at, columns, wide, rows, s + at);
         for (int k = 0; k < wide; k++)
             dot += g[at + k] * s[at + k];
     }
@@ -505,3 +508,5 @@ static const Kernels ID(kernels) = {
 #undef UNPACK_HI32
 #undef UNPACK_LO64
 #undef UNPACK_HI64
+#undef LOAD_ROWS
+#undef STORE_ROWS

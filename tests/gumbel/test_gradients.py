@@ -141,7 +141,7 @@ def test_hard_samples_have_second_derivatives(sampler, columns: int, backend: st
 def test_short_hard_rows_have_second_derivatives() -> None:
     # J(y) g differentiated once more, against the same expression written out on the sampler's own relaxed output.
     logits, weight, probe = torch.randn(6, 4, requires_grad=True), torch.randn(6, 4), torch.randn(6, 4)
-    hard, soft = aten._HardSoftmax.apply(logits, 0.8, -1, None)
+    hard, soft = aten._HardSoftmax.apply(logits, 0.8, None)
     (first,) = torch.autograd.grad((hard * weight).sum(), logits, create_graph=True)
     (second,) = torch.autograd.grad((first * probe).sum(), logits, retain_graph=True)
     written = soft * (weight - (soft * weight).sum(-1, keepdim=True)) / 0.8
