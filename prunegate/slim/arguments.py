@@ -6,7 +6,7 @@ import ast
 import types
 
 from prunegate.plan import Argument
-from prunegate.slim.source import FunctionSource, resolve
+from prunegate.slim.source import ENTERED, FunctionSource, resolve
 
 __all__ = [
     "SEQUENCE",
@@ -38,7 +38,8 @@ def positional(source: FunctionSource, node: ast.expr | ast.stmt) -> list[ast.ex
     """The positional arguments, with the object of a method or the operands of an operator as the first."""
     if isinstance(node, ast.Call):
         own = [node.func.value] if isinstance(node.func, ast.Attribute) and is_method_call(source, node) else []
-        return [*own, *node.args]
+        entered = isinstance(node.func, ast.Name) and node.func.id.startswith(ENTERED)
+        return [*own, *node.args[entered:]]
     if isinstance(node, ast.BinOp):
         return [node.left, node.right]
     if isinstance(node, ast.AugAssign):

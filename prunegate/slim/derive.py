@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,24 @@ def _tensor_plan(model: nn.Module, tensors: Mapping[tuple[str, int], Tensor]) ->
     return Plan(dense, kept)
 
 
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Takes back what a run leaves in modules: tables that they compute once and keep would be missing in the next."""
+    modules = list(model.modules())
+    stores = [store for module in modules for store in (module.__dict__, module._buffers)]
+    stores += list(tensor_caches(model))
+    before = [(store, dict(store)) for store in stores]
+    empty = [value for module in modules for value in module.__dict__.values() if type(value) is dict and not value]
+    try:
+        yield
+    finally:
+        for store, content in before:
+            store.clear()
+            store.update(content)
+        for value in empty:
+            value.clear()
+
+
 class _Derivation:
     """One search for a plan. ``slim`` is edited in place until nothing in its run is wrong."""
 
@@ -110,9 +129,8 @@ class _Derivation:
         for index, call in enumerate(self.calls):
             self.executions.setdefault(_place(call.frame), []).append(index)
         for _ in range(_MAX_ROUNDS):
-            for cache in tensor_caches(self.slim):
-                cache.clear()
-            result = replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
+            with _as_before(self.slim):
+                result = replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
             if not result.findings:
                 attributes = tuple(edit for edit in self.attributes.values() if edit.old != edit.new)
                 return Plan(self.draft.dense, self.draft.kept, attributes, merge_calls(self.edits))

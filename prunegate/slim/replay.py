@@ -120,6 +120,8 @@ class _Replay(TorchFunctionMode):
         kwargs = kwargs or {}
         if name in QUIET:
             return func(*args, **kwargs)
+        while self.at < len(self.calls) and self._was_kept(self.calls[self.at], name, (args, kwargs)):
+            self.at += 1
         if self.at >= len(self.calls) or not same_call(self.calls[self.at], name):
             call = self.calls[min(self.at, len(self.calls) - 1)]
             raise UnrepairableError(f"the cut model calls {name} there", call, self.live)
@@ -138,6 +140,14 @@ class _Replay(TorchFunctionMode):
         self._check(out, call)
         self.at += 1
         return out
+
+    def _was_kept(self, call: Call, name: str, arguments: Any) -> bool:
+        """Whether a recorded call does not come because a module keeps, from an earlier run, what it computed then."""
+        if any(node.depends for node in nodes_in((call.args, call.kwargs, call.out))):
+            return False
+        now = [tuple(leaf.shape) for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        then = [self.live.shape(node) for node in nodes_in((call.args, call.kwargs))]
+        return not same_call(call, name) or now != then
 
     def _invocation(self, frame: FrameType | None) -> int:
         record = capture_frame(frame)

@@ -29,7 +29,7 @@ from prunegate.slim.arguments import (
     size_expressions,
     subscript_items,
 )
-from prunegate.slim.source import ORIGIN, CallNode, FunctionSource, calls_below, full_name, read_source
+from prunegate.slim.source import ENTERED, MODULE, ORIGIN, CallNode, FunctionSource, calls_below, full_name, read_source
 
 __all__ = ["SITES", "CallRewrite", "rewrite_function"]
 
@@ -37,7 +37,6 @@ SITES = "_prunegate_sites"
 """Attribute of a module: what its wrapped calls go through, by key."""
 
 _TORCH = "_prunegate_torch"
-_SELF = "_prunegate_self"
 _SPLITS = {"chunk": "split", "unsafe_chunk": "split", "tensor_split": "split", "split": "split",
            "split_with_sizes": "split", "unsafe_split": "split"}  # fmt: skip
 
@@ -53,7 +52,7 @@ class CallRewrite:
         changes: New values of arguments.
         wrap: Key in ``self._prunegate_sites`` of what the call goes through: ``f(a, b)`` becomes
             ``self._prunegate_sites[wrap](f, a, b)``.
-        into: The rewritten form of the free function that the call enters, which takes the module as a first argument.
+        into: The rewritten form of the free function that the call enters, which takes a tuple of the module first.
     """
 
     changes: tuple[Change, ...] = ()
@@ -78,7 +77,7 @@ def rewrite_function(original: FunctionType, rewrites: Mapping[tuple[str, int], 
     Args:
         original: A function without decorators, not a rewritten one.
         rewrites: What happens to each call, by call and ordinal.
-        takes_module: Whether the function is a free one that gets the module as an additional first argument.
+        takes_module: Whether it is a free function, which gets a tuple of the module as an additional first argument.
 
     Returns:
         The new function. Its source is found by ``inspect`` and by debuggers.
@@ -110,7 +109,9 @@ class _Writer:
         self.iterators: list[tuple[Any, ...]] = []
         self.entered: dict[str, Callable[..., Any]] = {}
         parameters = source.parameters
-        self.module = _SELF if takes_module else (parameters[0] if parameters else "self")
+        # In a tuple, because a function whose first argument is a module is taken for a method of it.
+        self.module = f"{MODULE}[0]" if takes_module else (parameters[0] if parameters else "self")
+        self.lookup: list[Key] = [None, None] if takes_module else [None]
 
     # ------------------------------------------------------------------ rendering
 
@@ -281,11 +282,12 @@ class _Writer:
         node = call.node
         if rewrite.into is not None:
             assert isinstance(node, ast.Call)
-            name = f"_prunegate_into_{len(self.entered)}"
+            name = f"{ENTERED}{len(self.entered)}"
             self.entered[name] = rewrite.into
             start, opening = self.source.span(node.func)[0], self.opening(node) + 1
             comma = ", " if node.args or node.keywords else ""
-            return start, opening, f"{name}({self.module}{comma}".encode()
+            module = MODULE if self.takes_module else f"({self.module},)"
+            return start, opening, f"{name}({module}{comma}".encode()
         if any(change.argument.kind == "split" for change in rewrite.changes):
             if not isinstance(node, ast.Call) or call.call not in _SPLITS:
                 raise PlanError(f"call {call.call!r} of {self.source.name} cannot become a split")
@@ -309,7 +311,7 @@ class _Writer:
             left, right = (replaced.get(id(each)) or self.render(each) for each in (node.left, node.right))
             method = f"{_TORCH}.Tensor.{call.call}, ".encode()
             text = through + method + left.text + b", " + right.text + b")"
-            return _Piece(text, [None, *left.keys, *right.keys, own])
+            return _Piece(text, [*self.lookup, *left.keys, *right.keys, own])
         if not isinstance(node, ast.Call) or rewrite.into is not None:
             raise PlanError(f"{call.call!r} number {call.ordinal} of {self.source.name} cannot be wrapped")
         begin, end = self.opening(node) + 1, self.source.span(node)[1] - 1
@@ -322,7 +324,7 @@ class _Writer:
         else:
             head = self.splice(node.func, {}, [callee] if callee is not None else [])
         comma = b", " if inside.text.strip() else b""
-        return _Piece(through + head.text + comma + inside.text + b")", [None, *head.keys, *inside.keys, own])
+        return _Piece(through + head.text + comma + inside.text + b")", [*self.lookup, *head.keys, *inside.keys, own])
 
     # ------------------------------------------------------------------ the function
 
@@ -341,7 +343,7 @@ class _Writer:
             at = self.source.text.index(b"(", start) + 1
             arguments = definition.args
             more = self.source.parameters or arguments.vararg or arguments.kwonlyargs or arguments.kwarg
-            edits.append((at, at, (_SELF + (", " if more else "")).encode()))
+            edits.append((at, at, (MODULE + (", " if more else "")).encode()))
         text, at = [], start
         for begin, stop, new in sorted(edits, key=lambda edit: edit[:2]):
             text += [self.source.text[at:begin], new]

@@ -36,6 +36,12 @@ __all__ = [
 ORIGIN = "__prunegate_origin__"
 """Attribute of a rewritten function: (name of the original, call and ordinal there of each of its calls, in order)."""
 
+MODULE = "_prunegate_module"
+"""First parameter of a rewritten free function: a tuple of the module that it was rewritten for."""
+
+ENTERED = "_prunegate_into_"
+"""How the names of rewritten free functions begin where they are called."""
+
 CallLike = ast.Call | ast.Subscript | ast.BinOp | ast.AugAssign
 """What counts as a call: operators and subscripts are calls too."""
 
@@ -96,9 +102,9 @@ class FunctionSource:
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the parameters that can be given by position."""
+        """Names of the parameters that can be given by position; in a rewritten function, those of the original."""
         arguments = self.definition.args
-        return [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+        return [each.arg for each in (*arguments.posonlyargs, *arguments.args) if each.arg != MODULE]
 
     def find(self, call: str, ordinal: int) -> CallNode | None:
         """The call of this name and ordinal."""
