@@ -182,6 +182,14 @@ class Polynomial:
             (gradient,) = torch.autograd.grad(self.expected(leaf), leaf)
         return gradient
 
+    def positions(self) -> Tensor:
+        """How many positions each gate opens: the greatest common divisor over all lengths, int64 ``[n_gates]``.
+
+        0 for a gate that enters no length.
+        """
+        divisors = np.gcd.reduce(self._matrix.astype(np.int64), axis=0)
+        return torch.from_numpy(divisors)[self.classes]
+
     def at(self, counts: NDArray) -> NDArray[np.float64]:
         """Values as a function of how many gates of each class are open.
 

@@ -1,0 +1,426 @@
+"""The budget of a search: what the user's loop calls once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from prunegate.budget.learner import Learner, initial_ranks, magnitudes
+from prunegate.budget.limits import make_limits, make_widths, resolve_round_to
+from prunegate.budget.projection import project
+from prunegate.budget.schedule import Schedule, ramp
+from prunegate.errors import BudgetError
+from prunegate.gated import GatedModel
+from prunegate.gates import NOISE_FLOOR
+from prunegate.select import Selection, select
+
+__all__ = ["Budget"]
+
+_HELD_OPEN = 8.0
+_TIE_BREAK = 1e-3
+_STATE_VERSION = 1
+
+
+class Budget:
+    """Brings a gated model to a budget while the user trains it, and settles on the units that stay.
+
+    The first steps (a tenth of all, 20 at most) run with every gate open and score the units. Then gates are drawn at
+    random; the expected cost falls along a cubic schedule and is held on it by a shift of all logits; what the task's
+    gradient says moves the logits against one another. After four fifths of the remaining steps the final mask is
+    chosen, and the weights settle on it for the last fifth. The last :meth:`step` finishes.
+
+    The logits belong to the budget: the user's optimizer, whatever it is, neither moves nor decays them.
+
+    Args:
+        gated: What ``prunegate.attach`` returned.
+        flops: Share of the dense model's FLOPs in (0, 1], or an absolute number of 1000 or more; one multiply-add is
+            one FLOP, at the batch size of the example input.
+        params: The same for the number of parameters. At least one budget is needed, all of them hold.
+        steps: Number of optimizer steps that the search takes; 20% of all training is a good choice.
+        tau: Temperature of the relaxed gates that gradients flow through, a number or (start, end).
+        noise: Scale of the logistic noise in the draws, a number or (start, end).
+        round_to: Kept widths are multiples of this, except where a group is smaller: a number, ``"auto"`` (what the
+            device likes), or a mapping from patterns of group names to numbers.
+        min_keep: What every group keeps at least: a share of its units (float), their number (int), or a mapping from
+            patterns. One unit by default.
+        max_keep: What every group keeps at most, likewise.
+        ignore: Patterns of groups that are held open.
+
+    Attributes:
+        gated: The gated model.
+        steps: Number of steps in all.
+        step_count: Number of steps done.
+        selection: The final choice, with its score and its distance to the relaxation's bound; ``None`` before.
+
+    Raises:
+        BudgetError: A value is malformed or out of reach; says what is reachable.
+
+    Example:
+        >>> import torch, prunegate
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 2))
+        >>> gated = prunegate.attach(net, torch.randn(1, 64))
+        >>> budget = prunegate.Budget(gated, flops=0.5, steps=10)
+        >>> optimizer = torch.optim.AdamW(gated.parameters())
+        >>> for _ in range(10):
+        ...     loss = gated(torch.randn(8, 64)).square().mean() + budget.loss()
+        ...     loss.backward(); optimizer.step(); optimizer.zero_grad()
+        ...     budget.step()
+        >>> int(gated.mask.sum())
+        64
+    """
+
+    def __init__(self, gated: GatedModel, *, flops: float | None = None, params: float | None = None, steps: int,
+                 tau: float | tuple[float, float] = 1.0, noise: float | tuple[float, float] = (0.3, 0.0),
+                 round_to: int | str | Mapping[str, Any] = 1, min_keep: float | Mapping[str, float] | None = None,
+                 max_keep: float | Mapping[str, float] | None = None,
+                 ignore: Collection[str] = ()) -> None:  # fmt: skip
+        if not hasattr(gated, "prunegate") or not hasattr(gated, "cost"):
+            raise BudgetError(
+                f"a {type(gated).__name__} was given; expected the gated model that prunegate.attach returned "
+                "(inside a wrapper such as DistributedDataParallel it is .module)"
+            )
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise BudgetError(f"steps={steps!r} was given; expected the number of optimizer steps, a whole number")
+        self.gated = gated
+        self.steps = steps
+        self.step_count = 0
+        self.selection: Selection | None = None
+        self._gates = gated.prunegate
+        self._tau, self._noise = ramp("tau", tau, positive=True), ramp("noise", noise, positive=False)
+        costs = gated.cost.polynomials
+        rounding = resolve_round_to(round_to, gated.logits.device)
+        patterns = (ignore,) if isinstance(ignore, str) else ignore
+        self._widths = make_widths(gated.groups, costs["params"], rounding, min_keep, max_keep, patterns)
+        self._limits = make_limits({"flops": flops, "params": params}, costs, self._widths)
+        n = gated.logits.numel()
+        self._learner = Learner(self._widths, n)
+        self._squares = torch.zeros(n, dtype=torch.float64)
+        self._scored = 0
+        self._finished = False
+        self._ranks: Tensor | None = None
+        self._written: Tensor | None = None
+        self._shift = 0.0
+        self._quick: tuple[tuple[int, int], Tensor] | None = None
+        self._held = torch.zeros(n, dtype=torch.bool)
+        for width in self._widths:
+            self._held[width.slice] = width.low == width.high == width.slice.stop - width.slice.start
+        self.schedule = Schedule.of(steps, score=not bool(gated.logits.detach().any()))
+        self._gates.take_gradient()
+        self._gates.selector = self._current_mask
+        self._gates.tau, self._gates.noise = self._tau.start, self._noise.start
+        self._gates.phase = "score"
+        if self.schedule.scoring == 0:
+            self._start_search()
+
+    # ------------------------------------------------------------------ the loop
+
+    def loss(self) -> Tensor:
+        """A scalar to add to the task's loss; regularisers of the gates enter here. Zero with the default recipe."""
+        return self.gated.logits.new_zeros(())
+
+    def step(self) -> None:
+        """Moves on by one optimizer step: takes the logits' gradient, moves them, and holds the next target.
+
+        Under ``torch.distributed`` the gradient is averaged over all ranks, so every rank must call it. A step whose
+        gradient is not finite (a ``GradScaler`` skips it too) moves the schedule only.
+
+        Raises:
+            BudgetError: The search is over.
+        """
+        if self._finished:
+            raise BudgetError(
+                f"budget.step() was called after the search of {self.steps} steps had ended (step {self.step_count}); "
+                "export the model, or make a new Budget with more steps"
+            )
+        gradient = _averaged(self._gates.take_gradient(), self.gated.logits)
+        self.step_count += 1
+        if self.phase == "score":
+            if gradient is not None:
+                self._squares += gradient.pow(2)
+                self._scored += 1
+            if self.step_count >= self.schedule.scoring:
+                self._start_search()
+        elif self.phase == "search":
+            self._move(gradient)
+        if self.phase == "search" and self.step_count >= self.schedule.moving:
+            self._settle()
+        if self.step_count >= self.steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Settles on the final mask at once, from the logits as they are. A second call changes nothing.
+
+        Where the logits were never set, they start from the scores gathered so far and the weights' magnitudes.
+        """
+        if self._finished:
+            return
+        if self.phase == "score":
+            self._start_search()
+        if self.phase != "fixed" or self.selection is None:
+            self._settle()
+        self._finished = True
+
+    # ------------------------------------------------------------------ what can be read
+
+    @property
+    def phase(self) -> str:
+        """``"score"``, ``"search"`` or ``"fixed"``."""
+        return self._gates.phase
+
+    @property
+    def finished(self) -> bool:
+        """Whether the search is over."""
+        return self._finished
+
+    @property
+    def tau(self) -> float:
+        """The current temperature."""
+        return self._gates.tau
+
+    @property
+    def noise(self) -> float:
+        """The current scale of the noise."""
+        return self._gates.noise
+
+    def target(self, name: str | None = None) -> float:
+        """The value that the expected cost is held to in this step.
+
+        Args:
+            name: ``"flops"`` or ``"params"``; the first budget if left out. A cost without a budget may be all of it.
+        """
+        for limit in self._limits:
+            if name in (None, limit.name):
+                return self.schedule.target(self.step_count, limit.cost.dense, limit.most)
+        return float(self._cost(name).dense)
+
+    def expected(self, name: str | None = None) -> float:
+        """The expected cost of this step's draw; the exact cost once the mask is chosen."""
+        cost = self._cost(name)
+        if self.phase == "search":
+            return float(cost.expected(self._probabilities()))
+        return float(cost.exact(self._gates.mask().cpu()))
+
+    def report(self) -> str:
+        """One line per budget: how much of it is used, and why not more. Meant for people."""
+        mask = self._gates.mask().cpu()
+        lines = []
+        for limit in self._limits:
+            used = limit.cost.exact(mask)
+            line = f"{limit.name}: {used:,} of {limit.most:,} ({used / limit.most:.2%} of the budget)"
+            if self.selection is not None and used < 0.99 * limit.most:
+                line += "; one step more of any group would exceed a budget" if self.selection.full else ""
+            lines.append(line)
+        if self.selection is not None:
+            lines.append(f"score within {self.selection.gap:.3%} of the relaxation's bound")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        asked = ", ".join(f"{limit.name}={limit.most:,} of {limit.cost.dense:,}" for limit in self._limits)
+        return f"Budget({asked}; step {self.step_count} of {self.steps}, {self.phase})"
+
+    def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Optimizer groups of the model's weights, the logits left out.
+
+        Args:
+            lr: Learning rate of both groups.
+            weight_decay: Decay of the first group; ``None`` leaves it to the optimizer's default.
+
+        Returns:
+            Two groups: weights, and what is not decayed (vectors, and what the model's ``no_weight_decay`` names).
+        """
+        keep = getattr(self.gated, "no_weight_decay", None)
+        undecayed = set(keep()) if callable(keep) else set()
+        decayed: list[Tensor] = []
+        others: list[Tensor] = []
+        for name, parameter in self.gated.named_parameters():
+            if parameter is not self.gated.logits and parameter.requires_grad:
+                (others if parameter.ndim <= 1 or name in undecayed else decayed).append(parameter)
+        first: dict[str, Any] = {"params": decayed, "lr": lr}
+        if weight_decay is not None:
+            first["weight_decay"] = weight_decay
+        return [first, {"params": others, "lr": lr, "weight_decay": 0.0}]
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed search needs beside ``gated.state_dict()``: tensors, numbers and strings only."""
+        return {
+            "version": _STATE_VERSION,
+            "limits": {limit.name: limit.most for limit in self._limits},
+            "steps": self.steps,
+            "scoring": self.schedule.scoring,
+            "step_count": self.step_count,
+            "phase": self.phase,
+            "finished": self._finished,
+            "squares": self._squares.clone(),
+            "scored": self._scored,
+            "ranks": self._ranks,
+            "written": self._written,
+            "shift": self._shift,
+            "learner": self._learner.state_dict(),
+            "mask": self._gates.fixed_mask.cpu().clone(),
+            "selection": None if self.selection is None else vars(self.selection).copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resumes a search; load ``gated.state_dict()`` too.
+
+        Raises:
+            BudgetError: The state is of another search (budgets, number of steps or gates differ).
+        """
+        own = {"version": _STATE_VERSION, "limits": {limit.name: limit.most for limit in self._limits},
+               "steps": self.steps, "number of gates": self._squares.numel()}  # fmt: skip
+        try:
+            saved = {key: state[key] for key in ("version", "limits", "steps")}
+            saved["number of gates"] = state["squares"].numel()
+            for key, value in own.items():
+                if saved[key] != value:
+                    raise BudgetError(
+                        f"the state was saved with {key} {saved[key]}, this budget has {value}; make the Budget with "
+                        "the same arguments on the same model"
+                    )
+            self._learner.load_state_dict(state["learner"])
+            self.schedule = Schedule.of(self.steps, score=state["scoring"] > 0)
+            self.step_count = int(state["step_count"])
+            self._finished = bool(state["finished"])
+            self._squares, self._scored = state["squares"].clone(), int(state["scored"])
+            self._ranks, self._written, self._shift = state["ranks"], state["written"], float(state["shift"])
+            self.selection = None if state["selection"] is None else Selection(**state["selection"])
+            phase = state["phase"]
+            self._gates.fixed_mask.copy_(state["mask"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BudgetError(f"this is not a state of a Budget: {error!r}; pass what state_dict() returned") from error
+        # A budget that is made on logits that are set shifts them at once; what was saved stands.
+        with torch.no_grad():
+            if self._written is None:
+                self.gated.logits.zero_()
+            else:
+                self.gated.logits.copy_(self._written)
+        self._gates.phase = phase
+        self._set_pace()
+
+    # ------------------------------------------------------------------ inside
+
+    def _cost(self, name: str | None) -> Any:
+        if name is None:
+            return self._limits[0].cost
+        costs = self.gated.cost.polynomials
+        if name not in costs:
+            raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(costs)}")
+        return costs[name]
+
+    def _scale(self) -> float:
+        return max(self._gates.noise, NOISE_FLOOR)
+
+    def _probabilities(self) -> Tensor:
+        return torch.sigmoid(self.gated.logits.detach().cpu().double() / self._scale())
+
+    def _set_pace(self) -> None:
+        progress = self.schedule.progress(self.step_count)
+        self._gates.tau, self._gates.noise = self._tau.at(progress), self._noise.at(progress)
+
+    def _start_search(self) -> None:
+        logits = self.gated.logits.detach().cpu().double()
+        if not bool(logits.any()):
+            scores = [magnitudes(logits.numel(), self.gated.gate_map.dims, self.gated.named_parameters())]
+            if self._scored:
+                scores.append(self._squares / self._scored)
+            logits = initial_ranks(scores, self._widths)
+        self._ranks = _from_first_rank(logits, self.gated.logits.device)
+        self._gates.phase = "search"
+        self._hold()
+
+    def _current_ranks(self) -> Tensor:
+        """The logits without the shift; a user, or a loaded state, may have changed them."""
+        logits = self.gated.logits.detach().cpu()
+        if self._ranks is None or self._written is None or not torch.equal(logits, self._written):
+            self._ranks = logits.double() + self._shift
+        return self._ranks
+
+    def _move(self, gradient: Tensor | None) -> None:
+        ranks = self._current_ranks()
+        if gradient is not None:
+            p = self._probabilities()
+            # What binds is what a unit is charged for.
+            ratios = [float(limit.cost.expected(p)) / self._target_of(i) for i, limit in enumerate(self._limits)]
+            binding = self._limits[ratios.index(max(ratios))]
+            gradient = gradient.masked_fill(self._held, 0.0)
+            self._ranks = self._learner.step(ranks, gradient, binding.cost.gradient(p))
+        self._hold()
+
+    def _target_of(self, index: int) -> float:
+        limit = self._limits[index]
+        return self.schedule.target(self.step_count, limit.cost.dense, limit.most)
+
+    def _hold(self) -> None:
+        """Writes logits whose expected costs are on target, at the noise of the step to come."""
+        self._set_pace()
+        assert self._ranks is not None
+        ranks = self._ranks.masked_fill(self._held, _HELD_OPEN)
+        costs = [(limit.cost, self._target_of(i)) for i, limit in enumerate(self._limits)]
+        found = project(ranks, costs, self._scale(), self._widths, self._shift)
+        self._shift = found.shift
+        with torch.no_grad():
+            self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
+        self._written = self.gated.logits.detach().cpu().clone()
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """The chance that the search draws a unit; where chances saturate, the logits themselves still order units.
+
+        With scores that ignore the noise, cheap units that the search had closed would push out costly ones that it
+        had open, and the weights have adapted to what was open.
+        """
+        scores = torch.sigmoid(logits / self._scale()) + _TIE_BREAK * torch.sigmoid(logits)
+        return scores.masked_fill(self._held, 1.0)
+
+    def _settle(self) -> None:
+        """Chooses the final mask."""
+        ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)
+        final = [(limit.cost, float(limit.most)) for limit in self._limits]
+        found = project(ranks, final, self._scale(), self._widths, self._shift)
+        self._shift = found.shift
+        self.selection = select(self._scores(found.logits), self._limits, self._widths)
+        with torch.no_grad():
+            self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
+        self._written = self.gated.logits.detach().cpu().clone()
+        self.gated.mask = self.selection.mask
+
+    def _current_mask(self) -> Tensor:
+        """The selection for the current target, by one threshold: what evaluation in the middle of a search sees."""
+        logits = self.gated.logits
+        key = (self.step_count, logits._version)
+        if self._quick is None or self._quick[0] != key:
+            limits = [
+                type(limit)(limit.name, limit.cost, int(self._target_of(i))) for i, limit in enumerate(self._limits)
+            ]
+            scores = self._scores(logits.detach().cpu().double())
+            self._quick = (key, select(scores, limits, self._widths, thorough=False).mask)
+        return self._quick[1].to(logits.device)
+
+
+def _averaged(gradient: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mean over all ranks, float64 on the CPU; ``None`` where there is none or it is not finite."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        # A rank without a gradient takes part, or the others would wait for it.
+        gradient = torch.zeros_like(like) if gradient is None else gradient.detach().clone()
+        torch.distributed.all_reduce(gradient)
+        gradient = gradient / torch.distributed.get_world_size()
+    if gradient is None or not bool(gradient.isfinite().all()):
+        return None
+    return gradient.detach().cpu().double()
+
+
+def _from_first_rank(values: Tensor, device: torch.device) -> Tensor:
+    """The first rank's values: all ranks must draw from the same logits."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        shared = values.to(device)
+        torch.distributed.broadcast(shared, 0)
+        return shared.cpu()
+    return values

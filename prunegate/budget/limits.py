@@ -1,0 +1,156 @@
+"""What a user may ask for, checked and made precise: budgets in units of cost, widths in units of a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunegate.errors import BudgetError
+from prunegate.groups import Group
+from prunegate.polynomial import Polynomial
+from prunegate.select import Limit, Width, least_cost
+
+__all__ = ["make_limits", "make_widths", "resolve_round_to"]
+
+_LEAST_ABSOLUTE = 1000
+_AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
+_AUTO_CPU = {"AVX512": 16}  # 32-bit elements of one register; AVX2 and anything else: 8
+
+
+def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], widths: Sequence[Width]) -> list[Limit]:
+    """Budgets as limits in units of the cost.
+
+    Args:
+        asked: Value by name; ``None`` means no budget.
+        costs: The costs by name.
+        widths: What each group may keep.
+
+    Raises:
+        BudgetError: There is no budget, a value is malformed, or it is out of reach (with the reachable range).
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if not given:
+        raise BudgetError(
+            f"no budget was given; pass at least one of {', '.join(f'{name}=' for name in asked)}: a share of the "
+            f"dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more"
+        )
+    limits = []
+    for name, value in given.items():
+        cost = costs[name]
+        least = least_cost(cost, widths)
+        reachable = (
+            f"reachable is {least:,} to {cost.dense:,}, or a share of {_share_up(least, cost.dense)} to 1 of the dense "
+            "model"
+        )
+        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        absolute = number and value >= _LEAST_ABSOLUTE
+        if not number or not math.isfinite(value) or not (absolute or 0 < value <= 1):
+            raise BudgetError(
+                f"{name}={value!r} was given; expected a share of the dense cost in (0, 1], or an absolute number of "
+                f"{_LEAST_ABSOLUTE} or more; {reachable}"
+            )
+        most = math.floor(value) if absolute else math.floor(value * cost.dense)
+        if not least <= most <= cost.dense:
+            raise BudgetError(
+                f"{name}={value!r} is out of reach: that is {most:,}, and {reachable}; "
+                + ("lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less")
+            )
+        limits.append(Limit(name, cost, most))
+    return limits
+
+
+def _share_up(part: int, whole: int) -> float:
+    """The share to four digits, rounded up, so that it can be asked for."""
+    return math.ceil(part / max(whole, 1) * 10_000) / 10_000
+
+
+def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Mapping[str, int],
+                min_keep: float | Mapping[str, float] | None, max_keep: float | Mapping[str, float] | None,
+                ignore: Collection[str]) -> list[Width]:  # fmt: skip
+    """What each group may keep.
+
+    Args:
+        groups: The groups.
+        params: The parameter count, from which the width of a unit is known (a head of 64 channels is 64 wide).
+        round_to: Widths are multiples of this; one number, or by pattern of group names.
+        min_keep: Least share (float in (0, 1]) or number (int) of units; one, or by pattern.
+        max_keep: Greatest share or number of units, likewise.
+        ignore: Patterns of groups that are held open.
+
+    Raises:
+        BudgetError: A value is malformed, a pattern matches no group, or nothing fits.
+    """
+    held = set()
+    for pattern in ignore:
+        found = {group.name for group in groups if fnmatchcase(group.name, pattern)}
+        if not found:
+            raise _unmatched("ignore", pattern, groups)
+        held |= found
+    positions = params.positions()
+    rounding = _by_group("round_to", round_to, groups, 1)
+    least = _by_group("min_keep", 1 if min_keep is None else min_keep, groups, 1)
+    greatest = _by_group("max_keep", 1.0 if max_keep is None else max_keep, groups, 1.0)
+    widths = []
+    for group, step, low, high in zip(groups, rounding, least, greatest, strict=True):
+        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+            raise BudgetError(f"round_to={step!r} was given for {group.name!r}; expected a whole number of 1 or more")
+        if group.name in held:
+            widths.append(Width(group.slice, group.size, group.size))
+            continue
+        unit = int(np.gcd.reduce(positions[group.slice].numpy()))
+        multiple = step // math.gcd(step, unit) if unit else step
+        width = Width(group.slice, max(1, _units("min_keep", low, group)), max(1, _units("max_keep", high, group)),
+                      multiple)  # fmt: skip
+        if width.low > width.high:
+            raise BudgetError(
+                f"min_keep={low!r} is above max_keep={high!r} for {group.name!r}, a group of {group.size} units"
+            )
+        width.allowed()
+        widths.append(width)
+    return widths
+
+
+def _by_group(name: str, value: Any, groups: Sequence[Group], default: Any) -> list[Any]:
+    """One value per group; of several patterns the last that matches counts."""
+    if not isinstance(value, Mapping):
+        return [value] * len(groups)
+    for pattern in value:
+        if not any(fnmatchcase(group.name, pattern) for group in groups):
+            raise _unmatched(name, pattern, groups)
+    found = []
+    for group in groups:
+        matching = [v for pattern, v in value.items() if fnmatchcase(group.name, pattern)]
+        found.append(matching[-1] if matching else default)
+    return found
+
+
+def _unmatched(name: str, pattern: str, groups: Sequence[Group]) -> BudgetError:
+    names = ", ".join(repr(group.name) for group in groups[:4])
+    return BudgetError(f"{name}: the pattern {pattern!r} matches no group; groups are {names}, ... (see gated.groups)")
+
+
+def _units(name: str, value: Any, group: Group) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return min(value, group.size)
+    if isinstance(value, float) and 0 < value <= 1:
+        # A share is kept on either side: at least so many, at most so many.
+        exact = value * group.size
+        return math.ceil(exact - 1e-9) if name == "min_keep" else math.floor(exact + 1e-9)
+    raise BudgetError(
+        f"{name}={value!r} was given for {group.name!r}; expected a share of its units (a float in (0, 1]) or their "
+        "number (an int of 1 or more)"
+    )
+
+
+def resolve_round_to(round_to: Any, device: torch.device) -> Any:
+    """Replaces ``"auto"`` by the width that the device likes."""
+    if isinstance(round_to, Mapping):
+        return {pattern: resolve_round_to(value, device) for pattern, value in round_to.items()}
+    if round_to != "auto":
+        return round_to
+    return _AUTO_CUDA if device.type != "cpu" else _AUTO_CPU.get(torch.backends.cpu.get_cpu_capability(), 8)
