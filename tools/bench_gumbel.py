@@ -7,17 +7,18 @@ median of the rounds' ratios with their quartiles. Binary gates are compared wit
 a model of many layers with a loop over its layers. Before a backend is timed, its samples and gradients are checked
 against softmax and against the baseline's mean gradient.
 
-Memory is the growth of the peak of resident memory over one forward and backward, less the sample and the gradient
-that the caller keeps, in units of the sample.
+Memory is the peak of what torch allocates over one forward and backward, less the sample and the gradient that the
+caller keeps, in units of the sample (for binary gates the baseline's sample is a pair a gate).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import accumulate
 from statistics import median, quantiles
 from typing import NamedTuple
 
@@ -127,30 +128,18 @@ def clock(run: Callable[[], object], repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def extra_memory(run: Callable[[], tuple[Tensor, Tensor]], device: str) -> float:
-    """Peak growth of memory over one run, in samples, without the sample and the gradient that are kept."""
-    size = sum(tensor.nbytes for tensor in run()) / 2
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+def extra_memory(run: Callable[[], tuple[Tensor, Tensor]]) -> float:
+    """Peak of torch's allocations over one run, in samples, without the sample and the gradient that are kept."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # or the profiler reports each of its starts and stops
+    size = run()[0].nbytes
+    with torch.profiler.profile(profile_memory=True) as profile:
         kept = run()
-        peak = torch.cuda.max_memory_allocated()
-        del kept
-        return (peak - before) / size - 2
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return float("nan")
-
-    def read(name: str) -> int:
-        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-        return int(line.split()[1]) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")
-    before = read("VmRSS")
-    kept = run()
-    peak = read("VmHWM")
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    growth = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    peak = max(growth)
     del kept
-    return (peak - before) / size - 2
+    return peak / size - 2
 
 
 def measure(case: Case, names: list[str], rounds: int, device: str) -> list[tuple[str, ...]]:
@@ -169,10 +158,8 @@ def measure(case: Case, names: list[str], rounds: int, device: str) -> list[tupl
     for name, taken in seconds.items():
         ratios = [theirs / ours for theirs, ours in zip(seconds["torch"], taken, strict=True)]
         low, _, high = quantiles(ratios, n=4)
-        large = case.logits.numel() >= 1_000_000 and case.layers == 1
-        memory = f"{extra_memory(runs[name], device):.1f}" if large else ""
         ratio = "" if name == "torch" else f"{median(ratios):.1f}x ({low:.1f} to {high:.1f})"
-        rows.append((case.name, name, f"{median(taken) * 1e6:,.0f}", ratio, memory))
+        rows.append((case.name, name, f"{median(taken) * 1e6:,.0f}", ratio))
     return rows
 
 
@@ -197,15 +184,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = options.backends or usable
     device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
     title = f"forward and backward, float32, {device}, torch {torch.__version__}, {options.rounds} rounds"
-    table = Table("case", "backend", "median µs", "times faster (quartiles)", "extra memory", title=title)
-    for case in make_cases(options.device, options.quick):
+    table = Table("case", "backend", "median µs", "times faster (quartiles)", title=title)
+    cases = make_cases(options.device, options.quick)
+    for case in cases:
         for name in names:
             check(case, name)
         for row in measure(case, names, options.rounds, options.device):
             table.add_row(*row)
         table.add_section()
+    memory = Table("case", "torch", *names, title="peak memory beside the sample and its gradient, in samples")
+    for case in cases:
+        if case.logits.nbytes >= 4_000_000:
+            runs = [baseline(case), *(candidate(case, name) for name in names)]
+            memory.add_row(case.name, *(f"{extra_memory(run):.2f}" for run in runs))
     console = Console(width=110)
     console.print(table)
+    console.print(memory)
     for name, reason in listed.items():
         console.print(f"{name}: {reason}")
 
