@@ -159,6 +159,21 @@ def test_ignored_groups_are_open_in_every_draw_and_at_the_end() -> None:
     assert not gated.mask[first.slice].all()
 
 
+def test_gradients_of_ignored_groups_do_not_slow_the_others() -> None:
+    found = []
+    for size in (0.0, 1e6):
+        gated = mlp()
+        first, second = gated.groups
+        budget = Budget(gated, params=0.6, steps=40, ignore=(second.name,))
+        gradient = torch.linspace(-1, 1, gated.logits.numel())
+        gradient[second.slice] = size
+        for _ in range(20):
+            give_gradient(gated, gradient)
+            budget.step()
+        found.append(gated.logits.detach()[first.slice].clone())
+    torch.testing.assert_close(*found)
+
+
 # ---------------------------------------------------------------------- the search
 
 
