@@ -63,6 +63,11 @@ class Width:
     high: int
     multiple: int = 1
 
+    @property
+    def held(self) -> bool:
+        """Whether the group must stay whole."""
+        return self.low == self.high == self.slice.stop - self.slice.start
+
     def allowed(self) -> _Ints:
         """The allowed numbers of units, ascending; not empty.
 

@@ -108,7 +108,7 @@ class Budget:
         self._quick: tuple[tuple[int, int], Tensor] | None = None
         self._held = torch.zeros(n, dtype=torch.bool)
         for width in self._widths:
-            self._held[width.slice] = width.low == width.high == width.slice.stop - width.slice.start
+            self._held[width.slice] = width.held
         self.schedule = Schedule.of(steps, score=not bool(gated.logits.detach().any()))
         self._gates.take_gradient()
         self._gates.selector = self._current_mask

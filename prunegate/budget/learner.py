@@ -50,17 +50,18 @@ def initial_ranks(scores: Sequence[Tensor], widths: Sequence[Width]) -> Tensor:
         widths: Where the groups stand.
 
     Returns:
-        float64 ``[n_gates]``; 0 where a group's units cannot be told apart.
+        float64 ``[n_gates]``; 0 where a group's units cannot be told apart or are held open.
     """
     ranks = torch.zeros_like(scores[0])
+    chosen = [width.slice for width in widths if not width.held]
     for score in scores:
-        logs = torch.log(score + 1e-12 * score.max().clamp(min=1e-280))
-        for width in widths:
-            own = logs[width.slice]
-            spread = own.std(correction=0)
+        for own in chosen:
+            logs = torch.log(score[own] + 1e-12 * score[own].max().clamp(min=1e-280))
+            spread = logs.std(correction=0)
             if float(spread) > 1e-9:
-                ranks[width.slice] += (own - own.mean()) / spread
-    spread = ranks.std(correction=0)
+                ranks[own] += (logs - logs.mean()) / spread
+    free = torch.cat([ranks[own] for own in chosen]) if chosen else ranks
+    spread = free.std(correction=0)
     return ranks / spread if float(spread) > 1e-9 else ranks
 
 

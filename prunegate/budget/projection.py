@@ -52,8 +52,7 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
     lowered = torch.zeros_like(raised)
     margin = _MARGIN * noise
     for width in widths:
-        if width.low == width.high == width.slice.stop - width.slice.start:
-            raised[width.slice] = True
+        raised[width.slice] = width.held
 
     def logits_at(shift: float) -> Tensor:
         logits = ranks - shift
