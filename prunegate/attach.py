@@ -12,7 +12,7 @@ from torch import nn
 from prunegate.cost import Cost
 from prunegate.errors import AttachError
 from prunegate.gated import GatedModel, example_input_of
-from prunegate.groups import find_frozen, freeze_kinds, make_groups
+from prunegate.groups import freeze_kinds, make_groups
 from prunegate.install import install, running_copy
 from prunegate.labels.record import Call
 from prunegate.labels.trace import trace
@@ -77,7 +77,6 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
         running=running,
         gates=gates,
         groups=groups,
-        frozen=find_frozen(traced),
         cost=Cost.of_trace(traced, gate_map, gates),
         gate_map=gate_map,
         trace=traced,

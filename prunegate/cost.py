@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,14 @@ from torch import Tensor
 from prunegate.flops import call_terms, op_terms
 from prunegate.gates import Gates
 from prunegate.groups import GateMap
-from prunegate.labels.record import Node
+from prunegate.labels.record import FrameRecord, Node
 from prunegate.labels.trace import Trace
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
 __all__ = ["Cost"]
+
+Term = tuple[int, list[int | Tensor]]
+"""A coefficient and the live lengths that it is multiplied by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +29,11 @@ class Cost:
 
     Attributes:
         polynomials: ``"flops"`` and ``"params"``.
-        parts: FLOPs of each module that computes something itself, by qualified name.
+        parts: The terms of each module that computes something itself, by qualified name.
     """
 
     polynomials: Mapping[str, Polynomial]
-    parts: Mapping[str, Polynomial]
+    parts: Mapping[str, Sequence[Term]]
     _gates: Gates
 
     @classmethod
@@ -39,28 +42,23 @@ class Cost:
         n = gate_map.n_gates
         lengths = _Lengths(trace, gate_map)
         flops, params = PolynomialBuilder(n), PolynomialBuilder(n)
-        parts: dict[str, PolynomialBuilder] = {}
+        parts: dict[str, list[Term]] = {}
 
-        def count(name: str, terms: Any) -> None:
+        def count(frame: FrameRecord | None, terms: Any) -> None:
             for coefficient, dims in terms:
                 factors = [lengths.of(node, dim) for node, dim in dims]
                 flops.add(coefficient, factors)
-                parts.setdefault(name, PolynomialBuilder(n)).add(coefficient, factors)
+                parts.setdefault(trace.algebra.module_name(frame), []).append((coefficient, factors))
 
         for op in trace.ops:
-            module = trace.algebra.module_name(op.call.frame if op.call else None)
-            count(module, op_terms(op.name, op.args, op.kwargs, op.out))
+            count(op.call.frame if op.call else None, op_terms(op.name, op.args, op.kwargs, op.out))
         for call in trace.calls:
-            count(trace.algebra.module_name(call.frame), call_terms(call.name, call.args, call.kwargs, call.out))
+            count(call.frame, call_terms(call.name, call.args, call.kwargs, call.out))
         for name in trace.tensors:
             if name in trace.parameters:
                 node = trace.tensors[name]
                 params.add(1, [lengths.of(node, dim) for dim in range(node.ndim)])
-        return cls(
-            {"flops": flops.build(), "params": params.build()},
-            {name: builder.build() for name, builder in parts.items()},
-            gates,
-        )
+        return cls({"flops": flops.build(), "params": params.build()}, parts, gates)
 
     def of(self, gates: Gates) -> Cost:
         """The same costs for a copy of the gates."""
@@ -84,7 +82,13 @@ class Cost:
 
     def flops_by_module(self, mask: Tensor | None = None) -> dict[str, int]:
         """FLOPs of each module's own operations, by qualified name; they add up to :meth:`flops`."""
-        return {name: _exact(polynomial, mask) for name, polynomial in self.parts.items()}
+        costs = {}
+        for name, terms in self.parts.items():
+            builder = PolynomialBuilder(self.polynomials["flops"].n_gates)
+            for coefficient, factors in terms:
+                builder.add(coefficient, factors)
+            costs[name] = _exact(builder.build(), mask)
+        return costs
 
 
 def _exact(polynomial: Polynomial, mask: Tensor | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from prunegate.cost import Cost
 from prunegate.derive import derive
 from prunegate.errors import AttachError, ExportError, MaskError
 from prunegate.gates import Gates
-from prunegate.groups import Frozen, GateMap, Group
+from prunegate.groups import Frozen, GateMap, Group, find_frozen
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan
@@ -36,17 +37,18 @@ class GatedModel(nn.Module):
     Attributes:
         model: The network that runs: a copy of the given model's modules over the same parameters.
         groups: The gate groups.
-        frozen: What cannot be pruned, and why.
         cost: FLOPs and parameters of any mask.
         example_input: The input on which the model was traced.
         prunegate: The gates.
+        gate_map: Which gate decides about each position of each tensor dimension.
+        trace: The labelled forward that all this was read from.
     """
 
     prunegate: Gates
     model: nn.Module
 
     def __init__(self, dense: nn.Module, running: nn.Module, gates: Gates, groups: Sequence[Group],
-                 frozen: Sequence[Frozen], cost: Cost, gate_map: GateMap, trace: Trace,
+                 cost: Cost, gate_map: GateMap, trace: Trace,
                  example_input: Any) -> None:  # fmt: skip
         super().__init__()
         # The running model's children are this module's children, so that names, state dicts and optimizers see no
@@ -59,11 +61,10 @@ class GatedModel(nn.Module):
         self._modules = {**running._modules, "prunegate": gates}
         self.training = running.training
         self.groups = tuple(groups)
-        self.frozen = tuple(frozen)
         self.cost = cost
         self.example_input = example_input
-        self._gate_map = gate_map
-        self._trace = trace
+        self.gate_map = gate_map
+        self.trace = trace
         # Every rank draws its own gates and the budget reduces the logits' gradient, one small vector a step.
         self._ddp_params_and_buffers_to_ignore = ["prunegate.logits"]
 
@@ -95,7 +96,7 @@ class GatedModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GatedModel:
         # The trace describes the architecture, not the weights: copies share it.
-        for shared in (self._trace, self._gate_map, self.cost, self.groups, self.frozen):
+        for shared in (self.trace, self.gate_map, self.cost, self.groups):
             memo[id(shared)] = shared
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
@@ -109,6 +110,11 @@ class GatedModel(nn.Module):
     def logits(self) -> nn.Parameter:
         """Every gate of the model, float32 ``[n_gates]``."""
         return self.prunegate.logits
+
+    @functools.cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """What cannot be pruned: for each dimension of each parameter how many positions, and what decided it."""
+        return find_frozen(self.trace)
 
     @property
     def mask(self) -> Tensor:
@@ -146,7 +152,7 @@ class GatedModel(nn.Module):
                 "gated.logits"
             )
         given = given.detach().to("cpu")
-        for (tensor, dim), index in self._gate_map.dims.items():
+        for (tensor, dim), index in self.gate_map.dims.items():
             if bool((index >= 0).all()) and not bool(given[index].any()):
                 group = self._group_of(int(index[0]))
                 raise MaskError(
@@ -167,7 +173,7 @@ class GatedModel(nn.Module):
         Raises:
             ExportError: The cut model's own arithmetic cannot be made to follow.
         """
-        return derive(self._trace, self._gate_map, self._check_mask(self.mask), self.example_input)
+        return derive(self.trace, self.gate_map, self._check_mask(self.mask), self.example_input)
 
     def export(self) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.

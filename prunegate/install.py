@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ def running_copy(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(tensor): tensor for _, tensor, _ in named_tensors(model)}
     for module in model.modules():
+        for store in module.__dict__.values():
+            # A module keeps a dozen dictionaries of hooks, mostly empty; copying them one by one takes most of the time.
+            if type(store) in (dict, OrderedDict) and not store:
+                memo[id(store)] = type(store)()
         for store in (module._parameters, module._buffers):
             memo[id(store)] = store
     return copy.deepcopy(model, memo)

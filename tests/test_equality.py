@@ -67,7 +67,7 @@ def test_masked_forward_and_gradient_against_the_oracle(name: str, train: bool) 
     frozen_statistics(gated)
 
     gates = gated.mask.double().requires_grad_()
-    expected = masked_outputs(model, example, gated._trace, gated._gate_map.of_label, gates)
+    expected = masked_outputs(model, example, gated.trace, gated.gate_map.of_label, gates)
     actual = call_model(gated, example)
     assert relative_error(expected, actual) <= 1e-10
 

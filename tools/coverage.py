@@ -1,0 +1,349 @@
+"""Prune one model after another and check that nothing about it is wrong.
+
+For each model: attach, three random masks that keep about half of every group, masked forward and export in float64
+with nothing left at its initial value. Reported are the number of gates and groups, the share of parameters that are
+prunable on at least one side, the share of FLOPs that a half-mask leaves, how far masked and slim outputs are apart,
+whether costs are exact, and how long it took. A model that fails is reported with its reason, never left out.
+
+Examples:
+    python tools/coverage.py --timm families --jobs 2 --output runs/coverage
+    python tools/coverage.py --timm "convnext*"
+    python tools/coverage.py --torchvision --transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import prunegate
+from prunegate.labels.trace import call_model
+
+MASKS = 3
+EXACT = 1e-8
+LARGE = 150e6
+"""Above this many parameters a model is made shallower, by timm's own arguments."""
+
+
+@dataclass
+class Row:
+    """What is reported of one model."""
+
+    family: str
+    model: str
+    gates: int = 0
+    groups: int = 0
+    prunable: float = 0.0
+    flops_left: float = 1.0
+    error: float | None = None
+    effect: float = 0.0
+    costs_exact: bool = False
+    same_class: bool = False
+    attach_seconds: float = 0.0
+    export_seconds: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+    frozen: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether masked and slim agree, costs are exact and the top-level class is kept."""
+        return not self.failure and self.error is not None and self.error <= EXACT and self.costs_exact
+
+
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Random weights, biases and statistics: zero-initialised branches and unit scales hide faults."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            if parameter.ndim >= 2 and max(parameter.shape[1:]) > 1:
+                usual = parameter[0].numel() ** -0.5
+                if float(parameter.std()) < 0.5 * usual:  # heads and branches that start near zero
+                    parameter.copy_(usual * noise)
+                else:
+                    parameter.add_(0.1 * usual * noise)
+            elif parameter.numel() and float(parameter.abs().max()) < 0.5:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(1 + 0.3 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator, dtype=buffer.dtype))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
+
+
+def random_mask(gated: Any, generator: torch.Generator) -> Tensor:
+    """Keeps each unit with chance one half, at least one of each group and never all of a group of several."""
+    mask = torch.rand(gated.logits.numel(), generator=generator) < 0.5
+    for group in gated.groups:
+        part = mask[group.slice]
+        at = int(torch.randint(group.size, (1,), generator=generator))
+        if not bool(part.any()):
+            part[at] = True
+        elif bool(part.all()) and group.size > 1:
+            part[at] = False
+    return mask
+
+
+def examine(family: str, name: str, build: Callable[[], tuple[nn.Module, Any]]) -> Row:
+    """Attaches, masks, cuts and compares one model."""
+    row, start = Row(family, name), time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        model, example = build()
+        model = model.double().eval()
+        randomise(model, generator)
+        began = time.perf_counter()
+        gated = prunegate.attach(model, example)
+        row.attach_seconds = time.perf_counter() - began
+        row.gates, row.groups = gated.logits.numel(), len(gated.groups)
+        row.prunable = prunable_share(model, gated)
+        for item in gated.frozen:
+            key = f"{item.why} ({item.operation})" if item.operation else item.why
+            row.frozen[key] = row.frozen.get(key, 0) + item.count
+        compare(row, model, gated, example, generator)
+    except Exception as error:
+        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+        if os.environ.get("COVERAGE_TRACEBACK"):
+            traceback.print_exc()
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def prunable_share(model: nn.Module, gated: Any) -> float:
+    """Share of parameters that some unit removes, on at least one of their dimensions."""
+    named = dict(model.named_parameters())
+    frozen: dict[str, Tensor] = {name: torch.ones(1, dtype=torch.bool) for name in named}
+    for (name, dim), gates in gated.gate_map.dims.items():
+        if name in named:
+            shape = [1] * named[name].ndim
+            shape[dim] = -1
+            frozen[name] = frozen[name] & (gates < 0).reshape(shape)
+    stuck = sum(int(frozen[name].expand(p.shape).sum()) if p.ndim else 1 for name, p in named.items())
+    return 1 - stuck / sum(p.numel() for p in named.values())
+
+
+def compare(row: Row, model: nn.Module, gated: Any, example: Any, generator: torch.Generator) -> None:
+    """Fills in what masks and cuts show."""
+    gated.eval()
+    row.error, row.costs_exact, row.same_class, left = 0.0, True, True, []
+    with torch.no_grad():
+        dense = tensors(call_model(model, example))
+        for _ in range(MASKS):
+            gated.mask = random_mask(gated, generator)
+            masked = tensors(call_model(gated, example))
+            began = time.perf_counter()
+            slim = gated.export()
+            row.export_seconds = max(row.export_seconds, time.perf_counter() - began)
+            cut = tensors(call_model(slim, example))
+            row.error = max(row.error, apart(masked, cut))
+            row.effect = max(row.effect, apart(masked, dense))
+            flops, mask = gated.cost.flops(gated.mask), gated.mask
+            row.costs_exact &= gated.cost.params(mask) == sum(p.numel() for p in slim.parameters())
+            row.costs_exact &= flops == prunegate.count_flops(slim, example)
+            row.same_class &= type(slim).__name__ == type(model).__name__ and isinstance(slim, type(model))
+            left.append(flops / gated.cost.flops())
+    row.flops_left = sorted(left)[len(left) // 2]
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Floating-point tensors of an output."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def apart(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference relative to the largest value."""
+    scale = max(float(x.abs().max()) for x in a)
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / scale
+
+
+# ---------------------------------------------------------------------- which models
+
+
+def smallest_of_family(family: str) -> str:
+    """The model with fewest parameters among those that a timm module registers."""
+    def parameters(name: str) -> float:
+        try:
+            with torch.device("meta"):
+                return sum(p.numel() for p in timm.create_model(name).parameters())
+        except Exception:
+            return float("inf")  # some build index tables with data; a sibling stands for the family
+
+    return min(timm.list_models(module=family), key=parameters)
+
+
+def build_timm(name: str) -> tuple[nn.Module, Tensor]:
+    """A timm model and a batch of one at its own size."""
+    with torch.device("meta"):
+        try:
+            size = sum(p.numel() for p in timm.create_model(name).parameters())
+        except Exception:
+            size = 0
+    shallower: dict[str, Any] = {"depth": 2} if size > LARGE else {}
+    torch.manual_seed(0)
+    model = timm.create_model(name, **shallower)
+    return model, torch.randn(1, *model.pretrained_cfg["input_size"], dtype=torch.float64)
+
+
+def timm_rows(pattern: str) -> Iterator[tuple[str, str]]:
+    """(family, model) pairs: every architecture, the smallest of each family, or those that match."""
+    if pattern == "families":
+        yield from ((family, "") for family in timm.list_modules() if timm.list_models(module=family))
+        return
+    for family in timm.list_modules():
+        for name in timm.list_models(module=family):
+            if pattern == "all" or fnmatch.fnmatch(name, pattern):
+                yield family, name
+
+
+def work(task: tuple[str, str, str]) -> Row:
+    """One model, in a worker process."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    source, family, name = task
+    if source == "timm":
+        name = name or smallest_of_family(family)
+        return examine(family, name, lambda: build_timm(name))
+    builders = importers()[source]
+    return examine(family, name, builders[name])
+
+
+def importers() -> dict[str, dict[str, Callable[[], tuple[nn.Module, Any]]]]:
+    """Builders of models that are not timm's, by source and name."""
+    return {"torchvision": torchvision_builders()}
+
+
+def torchvision_builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
+    """The smallest classification model of each torchvision module, and its dense prediction models."""
+    import torchvision
+
+    models = torchvision.models
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in models.list_models(module=models):
+        builder = models.get_model_builder(name)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in builder(weights=None).parameters())
+        module = builder.__module__
+        if module not in smallest or count < smallest[module][0]:
+            smallest[module] = (count, name)
+
+    def classifier(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+        size = 299 if "inception" in name else 224
+
+        def build() -> tuple[nn.Module, Any]:
+            return models.get_model(name, weights=None), torch.randn(1, 3, size, size, dtype=torch.float64)
+
+        return build
+
+    def dense(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+        def build() -> tuple[nn.Module, Any]:
+            model = models.get_model(name, weights=None, weights_backbone=None)
+            return model, torch.randn(1, 3, 224, 224, dtype=torch.float64)
+
+        return build
+
+    builders = {name: classifier(name) for _, name in smallest.values()}
+    for name in ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"):
+        builders[name] = dense(name)
+    return builders
+
+
+# ---------------------------------------------------------------------- report
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table, with what it sums up to."""
+    lines = [
+        "| family | model | gates | groups | prunable | FLOPs left | error | costs | attach s | export s | failure |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|--:|---|",
+    ]
+    for row in rows:
+        error = "" if row.error is None else f"{row.error:.0e}"
+        costs = "exact" if row.costs_exact else "wrong"
+        lines.append(
+            f"| {row.family} | {row.model} | {row.gates} | {row.groups} | {row.prunable:.1%} | {row.flops_left:.0%} | "
+            f"{error} | {costs} | {row.attach_seconds:.2f} | {row.export_seconds:.2f} | {row.failure} |"
+        )
+    return "\n".join([*lines, "", summary(rows), ""])
+
+
+def summary(rows: list[Row]) -> str:
+    """One sentence about all rows."""
+    attach = sorted(row.attach_seconds for row in rows)
+    return (
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass (error at most {EXACT:g}, exact costs); "
+        f"{sum(row.prunable >= 0.95 for row in rows)} have at least 95% of their parameters prunable, the least is "
+        f"{min(row.prunable for row in rows):.0%}; a half-mask leaves under half of the FLOPs in "
+        f"{sum(row.flops_left < 0.5 for row in rows)}; attach takes {attach[len(attach) // 2]:.2f} s in the median and "
+        f"{attach[-1]:.1f} s at most."
+    )
+
+
+def main() -> int:
+    """Runs the sweep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--timm", metavar="all|families|PATTERN", help="which timm models")
+    parser.add_argument("--torchvision", action="store_true", help="torchvision's classification and dense models")
+    parser.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder for coverage.json and coverage.md")
+    args = parser.parse_args()
+    tasks = [("timm", family, name) for family, name in (timm_rows(args.timm) if args.timm else ())]
+    for source in ("torchvision",):
+        if getattr(args, source):
+            tasks += [(source, source, name) for name in importers()[source]]
+    if not tasks:
+        parser.error("nothing to do: give --timm families, --timm PATTERN or --torchvision")
+
+    console, rows = Console(), []
+    # Workers are replaced now and then: a process that has built many models does not give its memory back.
+    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool:
+        for row in pool.imap_unordered(work, tasks):
+            rows.append(row)
+            state = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+            error = "" if row.error is None else f"error {row.error:.0e}"
+            console.print(
+                f"{state} {row.model} {row.gates} gates {row.prunable:.1%} prunable, {row.flops_left:.0%} FLOPs left, "
+                f"{error} effect {row.effect:.2f} attach {row.attach_seconds:.2f} s {row.failure}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            if args.output:  # written as it goes: a sweep that is cut off keeps what it found
+                args.output.mkdir(parents=True, exist_ok=True)
+                ordered = sorted(rows, key=lambda each: (each.family, each.model))
+                (args.output / "coverage.json").write_text(json.dumps([asdict(each) for each in ordered], indent=1))
+                (args.output / "coverage.md").write_text(markdown(ordered))
+    failed = Table("model", "failure", title="failed") if not all(row.passed for row in rows) else None
+    for row in rows:
+        if failed is not None and not row.passed:
+            failed.add_row(row.model, row.failure or f"error {row.error}, costs exact: {row.costs_exact}")
+    if failed is not None:
+        console.print(failed)
+    console.print(summary(rows), highlight=False, soft_wrap=True)
+    return 0 if failed is None else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
