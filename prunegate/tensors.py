@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["fit_inputs", "named_tensors", "tensor_caches", "tensor_stores"]
+__all__ = ["fit_inputs", "is_channels_last", "named_tensors", "tensor_caches", "tensor_stores"]
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether an image tensor, or a convolution's weight, is laid out with its channels last."""
+    if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return False
+    # Where sizes are 1 both layouts hold the same memory, but kernels look at the strides.
+    return tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
 
 
 def tensor_stores(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:

@@ -42,6 +42,7 @@ LAYERS = (
     "attach",
     "select",
     "budget",
+    "builders",
     "checkpoint",
 )
 

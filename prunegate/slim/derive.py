@@ -36,6 +36,7 @@ from prunegate.slim.arguments import SEQUENCE, find_argument, gives_sequence, si
 from prunegate.slim.attributes import plain
 from prunegate.slim.edits import Edit, edit_module
 from prunegate.slim.expected import Number, Unrepairable, check_call
+from prunegate.slim.features import FeatureWatch
 from prunegate.slim.live import Kept, Live
 from prunegate.slim.locate import Located, locate_call
 from prunegate.slim.replay import Finding, Replay, UnrepairableError, replay
@@ -129,11 +130,19 @@ class _Derivation:
         for index, call in enumerate(self.calls):
             self.executions.setdefault(_place(call.frame), []).append(index)
         for _ in range(_MAX_ROUNDS):
-            with _as_before(self.slim):
+            watch = FeatureWatch(self.model)
+            with _as_before(self.slim), watch.on(self.slim):
                 result = replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
             if not result.findings:
-                attributes = tuple(edit for edit in self.attributes.values() if edit.old != edit.new)
-                return Plan(self.draft.dense, self.draft.kept, attributes, merge_calls(self.edits))
+                attributes = {**self.attributes}
+                for edit in watch.edits(self.slim, self.live):
+                    attributes.setdefault((edit.module, edit.name), edit)
+                return Plan(
+                    self.draft.dense,
+                    self.draft.kept,
+                    tuple(edit for edit in attributes.values() if edit.old != edit.new),
+                    merge_calls(self.edits),
+                )
             if not self.repair(result):
                 finding = result.findings[0]
                 raise self.unrepairable(finding, "its arguments stay wrong")

@@ -17,6 +17,7 @@ from prunegate.errors import ExportError
 from prunegate.labels.record import Call, FrameRecord, capture_frame, nodes_in
 from prunegate.labels.trace import QUIET
 from prunegate.slim.expected import Number, Unrepairable, check_call, same_call
+from prunegate.slim.features import NODE
 from prunegate.slim.live import Live
 
 __all__ = ["Finding", "Replay", "UnrepairableError", "replay"]
@@ -161,6 +162,7 @@ class _Replay(TorchFunctionMode):
     def _check(self, out: Any, call: Call) -> None:
         tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor, node in zip(tensors, nodes_in(call.out), strict=False):
+            setattr(tensor, NODE, node)
             if node.numel() and tuple(tensor.shape) != self.live.shape(node):
                 raise UnrepairableError(
                     f"its result has shape {tuple(tensor.shape)} and should have {self.live.shape(node)} (before the "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from prunegate.errors import PlanError
 from prunegate.plan import Plan
-from prunegate.tensors import named_tensors
+from prunegate.tensors import is_channels_last, named_tensors
 
 __all__ = ["check_tensors", "cut_tensor", "cut_tensors"]
 
@@ -49,8 +49,8 @@ def cut_tensor(tensor: Tensor, kept: Mapping[int, tuple[int, ...]]) -> Tensor:
         value = tensor.detach()
         for dim, positions in kept.items():
             value = value.index_select(dim, torch.tensor(positions, device=tensor.device))
-        if not tensor.is_contiguous() and tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-            value = value.contiguous(memory_format=torch.channels_last)
+        if is_channels_last(tensor):
+            value = value.clone(memory_format=torch.channels_last)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value

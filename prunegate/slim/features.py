@@ -1,0 +1,177 @@
+"""Widths that a model tells others: what its features and its classifier's input have after a cut.
+
+No call of the forward takes these numbers; programs around the model do (a new classifier, a detector on top). They are
+found by looking at the tensors that they describe, in a run of the cut model beside the record of the dense one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prunegate.labels.record import Node
+from prunegate.plan import AttributeEdit
+from prunegate.slim.live import Live
+
+__all__ = ["NODE", "FeatureWatch"]
+
+NODE = "_prunegate_seen"
+"""Attribute of a tensor in a run of the cut model: the node that it stands for."""
+
+_FEATURES = "forward_features"
+_INPUT_WIDTHS = ("in_features", "in_channels", "embedding_dim")
+
+
+class FeatureWatch:
+    """Sees which traced tensors a model's features are.
+
+    Args:
+        dense: The dense model.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        self.dense = dense
+        self.modules = dict(dense.named_modules())
+        self.nodes: dict[str, Node] = {}
+
+    @contextmanager
+    def on(self, slim: nn.Module) -> Iterator[None]:
+        """Watches a run of the cut model."""
+        handles = []
+        for entry in self._feature_info():
+            name = entry["module"]
+            module = slim.get_submodule(name)
+            if entry.get("hook_type") == "forward_pre":
+                handles.append(module.register_forward_pre_hook(self._keep_input(name)))
+            else:
+                handles.append(module.register_forward_hook(self._keep_output(name)))
+        method = getattr(slim, _FEATURES, None)
+        if callable(method) and _FEATURES not in slim.__dict__:
+            slim.__dict__[_FEATURES] = self._keeping(method)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            slim.__dict__.pop(_FEATURES, None) if callable(method) else None
+
+    def edits(self, slim: nn.Module, live: Live) -> list[AttributeEdit]:
+        """The attributes that must follow.
+
+        Args:
+            slim: The cut model.
+            live: What stays.
+        """
+        edits = [
+            AttributeEdit("", f"feature_info.{index}.num_chs", entry["num_chs"], new)
+            for index, entry in enumerate(getattr(self.dense, "feature_info", None) or ())
+            if isinstance(entry, dict) and isinstance(entry.get("num_chs"), int)
+            for new in [_width(self.nodes.get(str(entry.get("module"))), entry["num_chs"], live)]
+            if new is not None
+        ]
+        for (name, before), after in zip(self.modules.items(), slim.modules(), strict=True):
+            for attribute, rule in (("in_features", _first), ("num_features", _last)):
+                value = _kept_number(before, attribute) if name and any(True for _ in before.children()) else None
+                new = None if value is None else rule(before, after, value)
+                if value is not None and new is not None and new != value:
+                    edits.append(AttributeEdit(name, attribute, value, new))
+        return [*edits, *self._of_model(slim, live, {(edit.module, edit.name) for edit in edits})]
+
+    def _of_model(self, slim: nn.Module, live: Live, done: set[tuple[str, str]]) -> Iterator[AttributeEdit]:
+        """Widths that the model as a whole has: of its features, of its classifier's input, of its first layer."""
+        features = self.nodes.get(_FEATURES)
+        new_of: dict[int, int] = {}
+        for attribute in ("num_features", "head_hidden_size", "embed_dim"):
+            value = _kept_number(self.dense, attribute)
+            if value is None:
+                continue
+            if attribute == "num_features":
+                new = _width(features, value, live)
+                if new is not None:
+                    new_of[value] = new
+            elif attribute == "head_hidden_size":
+                new = _classifier_width(self.dense, slim, value) or new_of.get(value)
+            else:
+                new = new_of.get(value) or _first_tensor(self.dense, slim, value)
+            if new is not None and new != value and ("", attribute) not in done:
+                yield AttributeEdit("", attribute, value, new)
+
+    def _feature_info(self) -> Iterator[Mapping[str, Any]]:
+        for entry in getattr(self.dense, "feature_info", None) or ():
+            if isinstance(entry, dict) and entry.get("module") in self.modules:
+                yield entry
+
+    def _keep(self, name: str, value: Any) -> None:
+        tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
+        node = getattr(tensor, NODE, None)
+        if node is not None:
+            self.nodes[name] = node
+
+    def _keep_output(self, name: str) -> Callable[..., None]:
+        return lambda module, args, output: self._keep(name, output)
+
+    def _keep_input(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self._keep(name, args)
+
+    def _keeping(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def forward_features(*args: Any, **kwargs: Any) -> Any:
+            output = method(*args, **kwargs)
+            self._keep(_FEATURES, output)
+            return output
+
+        return forward_features
+
+
+def _width(node: Node | None, value: int, live: Live) -> int | None:
+    """What is left of the one dimension of a tensor that had this size; ``None`` where nothing was lost."""
+    if node is None:
+        return None
+    new = {now for then, now in zip(node.shape, live.shape(node), strict=True) if then == value and now != then}
+    return new.pop() if len(new) == 1 else None
+
+
+def _kept_number(module: nn.Module, attribute: str) -> int | None:
+    """An integer that the module keeps under a name."""
+    value = module.__dict__.get(attribute)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _inputs(before: nn.Module, after: nn.Module) -> list[tuple[int, int]]:
+    """Widths that the layers in a module take, before and after, in order."""
+    widths = []
+    for dense, slim in zip(before.modules(), after.modules(), strict=True):
+        for attribute in _INPUT_WIDTHS:
+            if attribute in dense.__dict__ and isinstance(getattr(dense, "weight", None), Tensor):
+                widths.append((getattr(dense, attribute), getattr(slim, attribute)))
+    return widths
+
+
+def _first(before: nn.Module, after: nn.Module, value: int) -> int | None:
+    return next((new for old, new in _inputs(before, after) if old == value), None)
+
+
+def _last(before: nn.Module, after: nn.Module, value: int) -> int | None:
+    return next((new for old, new in reversed(_inputs(before, after)) if old == value), None)
+
+
+def _classifier_width(dense: nn.Module, slim: nn.Module, value: int) -> int | None:
+    get = getattr(dense, "get_classifier", None)
+    if not callable(get):
+        return None
+    for before, after in zip(tree_leaves(get()), tree_leaves(slim.get_classifier()), strict=False):  # type: ignore[operator]
+        if isinstance(before, nn.Module):
+            return _first(before, after, value)
+    return None
+
+
+def _first_tensor(dense: nn.Module, slim: nn.Module, value: int) -> int | None:
+    """What is left of the first dimension of that size, in the order in which the model has its parameters."""
+    for before, after in zip(dense.parameters(), slim.parameters(), strict=True):
+        for old, new in zip(before.shape, after.shape, strict=True):
+            if old == value:
+                return new
+    return None
