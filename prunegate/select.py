@@ -29,6 +29,7 @@ _FIRST_ROUNDS = 8
 _ROUNDS = 40
 _EXCHANGE_WORK = 60_000  # number of groups times number of exchanges tried
 _MAX_EXCHANGES = 600
+_LEAST_GAIN = 1e-6  # relative; less is not worth another round of exchanges
 _RANDOM_STARTS = 3
 
 
@@ -370,7 +371,7 @@ class _Problem:
                         continue
                     trials += 1
                     value = self.score(candidate)
-                    if value > best * (1 + 1e-12):
+                    if value > best * (1 + _LEAST_GAIN):
                         levels, best, improved = candidate, value, True
         return levels
 

@@ -379,7 +379,8 @@ class Budget:
         return scores.masked_fill(self._held, 1.0)
 
     def _settle(self) -> None:
-        """Chooses the final mask."""
+        """Chooses the final mask, at the noise with which a search ends, whenever that is."""
+        self._gates.tau, self._gates.noise = self._tau.end, self._noise.end
         ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)
         final = [(limit.cost, float(limit.most)) for limit in self._limits]
         found = project(ranks, final, self._scale(), self._widths, self._shift)
