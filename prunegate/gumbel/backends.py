@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prunegate.errors import SamplerError
-from prunegate.gumbel import aten, cpu, reference
+from prunegate.gumbel import aten, cpu, reference, triton
 from prunegate.gumbel.arguments import Options
 
-NAMES = ("reference", "aten", "cpu")
+NAMES = ("reference", "aten", "cpu", "triton")
 
 
 def backends() -> dict[str, str]:
@@ -24,7 +24,7 @@ def backends() -> dict[str, str]:
         >>> backends()["reference"]
         'available'
     """
-    return {"reference": "available", "aten": "available", "cpu": cpu.availability()}
+    return {"reference": "available", "aten": "available", "cpu": cpu.availability(), "triton": triton.availability()}
 
 
 def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
@@ -37,15 +37,23 @@ def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
         SamplerError: If there is no such backend, or the one asked for cannot take these arguments here.
     """
     if backend == "auto":
+        if logits.is_cuda:
+            return triton if triton.takes(logits, options) else aten
         return cpu if cpu.takes(logits, options) else aten
     if backend == "reference":
         return reference
     if backend == "aten":
         return aten
-    if backend != "cpu":
-        raise SamplerError(f"backend must be 'auto' or one of {', '.join(NAMES)}, not {backend!r}.")
-    if logits.device.type != "cpu":
-        raise SamplerError(f"backend='cpu' samples tensors on the CPU, not on {logits.device}; leave it to 'auto'.")
-    if not torch.compiler.is_compiling() and cpu.load()[0] is None:
-        raise SamplerError(f"backend='cpu' is not available here: {cpu.availability()}.")
-    return cpu if cpu.takes(logits, options) else aten
+    if backend == "cpu":
+        if logits.device.type != "cpu":
+            raise SamplerError(f"backend='cpu' samples tensors on the CPU, not on {logits.device}; leave it to 'auto'.")
+        if not torch.compiler.is_compiling() and cpu.load()[0] is None:
+            raise SamplerError(f"backend='cpu' is not available here: {cpu.availability()}.")
+        return cpu if cpu.takes(logits, options) else aten
+    if backend == "triton":
+        if not torch.compiler.is_compiling() and not triton.availability().startswith("available"):
+            raise SamplerError(f"backend='triton' is not available here: {triton.availability()}.")
+        if not (logits.is_cuda or triton.interpreting()):
+            raise SamplerError(f"backend='triton' samples tensors on a GPU, not on {logits.device}.")
+        return triton if triton.takes(logits, options) else aten
+    raise SamplerError(f"backend must be 'auto' or one of {', '.join(NAMES)}, not {backend!r}.")

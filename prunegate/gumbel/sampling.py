@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prunegate.gumbel import triton
 from prunegate.gumbel.arguments import check_logits, make_offsets, make_options
 from prunegate.gumbel.backends import choose
 from prunegate.gumbel.philox import Philox
 
+# Widened to float32 and narrowed again; the Triton kernels do so in registers.
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -72,7 +74,7 @@ def gumbel_softmax(
     module = choose(backend, logits, options)
     if logits.numel() == 0:
         return logits.clone()
-    if logits.dtype in _HALVES:
+    if logits.dtype in _HALVES and module is not triton:
         return module.sample_softmax(logits.float(), options, dim, offsets, generator).to(logits.dtype)
     return module.sample_softmax(logits, options, dim, offsets, generator)
 
@@ -123,6 +125,6 @@ def gumbel_sigmoid(
     module = choose(backend, logits, options)
     if logits.numel() == 0:
         return logits.clone()
-    if logits.dtype in _HALVES:
+    if logits.dtype in _HALVES and module is not triton:
         return module.sample_sigmoid(logits.float(), options, generator).to(logits.dtype)
     return module.sample_sigmoid(logits, options, generator)

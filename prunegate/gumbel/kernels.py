@@ -1,0 +1,314 @@
+"""Triton kernels: logits are read once, noise is made in registers, and made again in backward instead of saved.
+
+Every kernel takes ``state``, the seed and step of the draw, by address, so that a CUDA graph draws anew on replay.
+The counter of a number is its (column // 4, row, step), never its place in a block: block sizes are free.
+
+``FAST`` uses the hardware's base-2 logarithm (48 instructions a gate fewer than the library's); the interpreter has
+no such instruction, and uses its own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _log(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Natural logarithm of positive normal numbers: absolute error 1e-7 near 1, two ulp elsewhere."""
+    if FAST:
+        binary = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        binary = tl.log2(x)
+    return binary * 0.6931471805599453
+
+
+@triton.jit
+def _exp(x):  # type: ignore[no-untyped-def]
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _near(word):  # type: ignore[no-untyped-def]
+    """The low 31 bits of random words as numbers in (0, 0.5]."""
+    return ((word & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+
+
+@triton.jit
+def _minus_gumbel(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Minus the Gumbel noise of random words."""
+    near = _near(word)
+    upper = (word >> 31) != 0
+    exponential = -_log(tl.where(upper, 1.0 - near, near), FAST)
+    # The upper tail is what decides among many categories; there a logarithm near 1 has no digits left.
+    series = near * (1.0 + near * (0.5 + near * (0.3333333333 + near * 0.25)))
+    return _log(tl.where(upper & (near < 0.03125), series, exponential), FAST)
+
+
+@triton.jit
+def _logistic(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logistic noise of random words; the top bit is its sign."""
+    near = _near(word)
+    size = _log((1.0 - near) / near, FAST)
+    return tl.where((word >> 31) != 0, size, -size)
+
+
+@triton.jit
+def _line_of_words(state, row, first, QUARTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Random words of 4 * QUARTER columns of one row; ``first`` counts the columns before them by fours."""
+    counter = first + tl.arange(0, QUARTER)
+    zero = tl.zeros_like(counter)
+    a, b, c, d = tl.philox(tl.load(state), counter, zero + row, zero + tl.load(state + 1).to(tl.int32), zero)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * QUARTER,))
+
+
+@triton.jit
+def _tile_of_words(state, row, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Random words of the first 4 * QUARTER columns of ROWS rows."""
+    zero = tl.zeros((ROWS, QUARTER), tl.int32)
+    counter = zero + tl.arange(0, QUARTER)[None, :]
+    rows = zero + (row + tl.arange(0, ROWS))[:, None]
+    a, b, c, d = tl.philox(tl.load(state), counter, rows, zero + tl.load(state + 1).to(tl.int32), zero)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, 4 * QUARTER))
+
+
+@triton.jit
+def _temperature(tau, POINTER: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(tau).to(tl.float32) if POINTER else tau
+
+
+@triton.jit
+def gates_forward(  # type: ignore[no-untyped-def]
+    logits,
+    out,
+    state,
+    tau,
+    count,
+    HARD: tl.constexpr,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Samples binary gates, 4 * QUARTER to a program."""
+    first = tl.program_id(0) * QUARTER
+    at = tl.program_id(0).to(tl.int64) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
+    score = tl.load(logits + at, mask=at < count, other=0.0).to(tl.float32)
+    score += _logistic(_line_of_words(state, 0, first, QUARTER), FAST)
+    if HARD:
+        sample = tl.where(score > 0, 1.0, tl.where(score != score, score, 0.0))
+    else:
+        sample = tl.sigmoid(score / _temperature(tau, POINTER))
+    tl.store(out + at, sample, mask=at < count)
+
+
+@triton.jit
+def gates_backward(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    out,
+    state,
+    tau,
+    count,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Gradient of the logits of binary gates: that of the relaxed gates, whose noise is made again."""
+    first = tl.program_id(0) * QUARTER
+    at = tl.program_id(0).to(tl.int64) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
+    score = tl.load(logits + at, mask=at < count, other=0.0).to(tl.float32)
+    score += _logistic(_line_of_words(state, 0, first, QUARTER), FAST)
+    temperature = _temperature(tau, POINTER)
+    soft = tl.sigmoid(score / temperature)
+    slope = soft * (1.0 - soft) / temperature
+    tl.store(out + at, tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float32) * slope, mask=at < count)
+
+
+@triton.jit
+def tile_forward(  # type: ignore[no-untyped-def]
+    logits,
+    out,
+    state,
+    tau,
+    rows,
+    columns,
+    HARD: tl.constexpr,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Samples rows that fit in a program, ROWS of them at once."""
+    row = tl.program_id(0) * ROWS
+    column = tl.arange(0, 4 * QUARTER)[None, :]
+    line = (row + tl.arange(0, ROWS))[:, None]
+    inside = (line < rows) & (column < columns)
+    at = line.to(tl.int64) * columns + column
+    score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    score -= _minus_gumbel(_tile_of_words(state, row, QUARTER, ROWS), FAST)
+    score = tl.where(column < columns, score, float("-inf"))
+    best = tl.max(score, 1)[:, None]
+    wrong = tl.max((score != score).to(tl.int32), 1)[:, None] > 0
+    # A best score that is infinite means a row without categories, or one that torch makes NaN too.
+    wrong = wrong | (best == float("inf")) | (best == float("-inf"))
+    if HARD:
+        first = tl.min(tl.where(score == best, column, 4 * QUARTER), 1)[:, None]
+        sample = tl.where(column == first, 1.0, 0.0)
+    else:
+        relaxed = _exp((score - best) / _temperature(tau, POINTER))
+        sample = relaxed / tl.sum(relaxed, 1)[:, None]
+    tl.store(out + at, tl.where(wrong, float("nan"), sample), mask=inside)
+
+
+@triton.jit
+def tile_backward(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    out,
+    state,
+    tau,
+    rows,
+    columns,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Gradient of the logits of rows that fit in a program."""
+    row = tl.program_id(0) * ROWS
+    column = tl.arange(0, 4 * QUARTER)[None, :]
+    line = (row + tl.arange(0, ROWS))[:, None]
+    inside = (line < rows) & (column < columns)
+    at = line.to(tl.int64) * columns + column
+    score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    score -= _minus_gumbel(_tile_of_words(state, row, QUARTER, ROWS), FAST)
+    score = tl.where(column < columns, score, float("-inf"))
+    temperature = _temperature(tau, POINTER)
+    relaxed = _exp((score - tl.max(score, 1)[:, None]) / temperature)
+    soft = relaxed / tl.sum(relaxed, 1)[:, None]
+    incoming = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+    dot = tl.sum(soft * incoming, 1)[:, None]
+    tl.store(out + at, soft * (incoming - dot) / temperature, mask=inside)
+
+
+@triton.jit
+def _row_span(offsets, columns, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where this program's row begins, and how long it is."""
+    row = tl.program_id(0)
+    if RAGGED:
+        start = tl.load(offsets + row)
+        length = (tl.load(offsets + row + 1) - start).to(tl.int32)
+    else:
+        start = row.to(tl.int64) * columns
+        length = columns
+    return start, length
+
+
+@triton.jit
+def _scores(logits, state, start, length, at, QUARTER: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Perturbed logits of a row's columns from ``at`` on; -inf beyond its end."""
+    column = at + tl.arange(0, 4 * QUARTER)
+    inside = column < length
+    score = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32)
+    score -= _minus_gumbel(_line_of_words(state, tl.program_id(0), at // 4, QUARTER), FAST)
+    return column, inside, tl.where(inside, score, float("-inf"))
+
+
+@triton.jit
+def row_forward(  # type: ignore[no-untyped-def]
+    logits,
+    out,
+    offsets,
+    state,
+    tau,
+    columns,
+    HARD: tl.constexpr,
+    POINTER: tl.constexpr,
+    RAGGED: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Samples one row a program, in a loop over its columns: a long row, or one of several lengths."""
+    start, length = _row_span(offsets, columns, RAGGED)
+    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
+    winner = tl.full((4 * QUARTER,), 2147483647, tl.int32)
+    total = tl.zeros((4 * QUARTER,), tl.float32)
+    wrong = tl.zeros((4 * QUARTER,), tl.int32)
+    temperature = _temperature(tau, POINTER)
+    for at in range(0, length, 4 * QUARTER):
+        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
+        wrong = wrong | (score != score).to(tl.int32)
+        if HARD:
+            winner = tl.where(score > best, column, winner)
+            tl.store(out + start + column, tl.zeros_like(score), mask=inside)
+        else:
+            # Each lane keeps a running maximum of its own; they meet after the loop.
+            higher = tl.maximum(best, score)
+            anchor = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * _exp((best - anchor) / temperature) + _exp((score - anchor) / temperature)
+        best = tl.where(score > best, score, best)
+    top = tl.max(best, 0)
+    bad = (tl.max(wrong, 0) > 0) | (top == float("inf")) | (top == float("-inf"))
+    if HARD:
+        first = tl.min(tl.where(best == top, winner, 2147483647), 0)
+        # Zeros that other threads wrote must land before the 1.
+        tl.debug_barrier()
+        tl.store(out + start + first, 1.0, mask=(first < length) & (bad == 0))
+        if bad:
+            for at in range(0, length, 4 * QUARTER):
+                column = at + tl.arange(0, 4 * QUARTER)
+                nothing = tl.full((4 * QUARTER,), float("nan"), tl.float32)
+                tl.store(out + start + column, nothing, mask=column < length)
+    else:
+        top = tl.where(bad, 0.0, top)
+        sum_ = tl.sum(tl.where(best == float("-inf"), 0.0, total * _exp((best - top) / temperature)), 0)
+        sum_ = tl.where(bad, 1.0, sum_)
+        for at in range(0, length, 4 * QUARTER):
+            column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
+            soft = _exp((score - top) / temperature) / sum_
+            tl.store(out + start + column, tl.where(bad, float("nan"), soft), mask=inside)
+
+
+@triton.jit
+def row_backward(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    out,
+    offsets,
+    state,
+    tau,
+    columns,
+    POINTER: tl.constexpr,
+    RAGGED: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Gradient of the logits of one row a program, in two loops: the row's sums, then what to write."""
+    start, length = _row_span(offsets, columns, RAGGED)
+    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
+    total = tl.zeros((4 * QUARTER,), tl.float32)
+    dots = tl.zeros((4 * QUARTER,), tl.float32)
+    temperature = _temperature(tau, POINTER)
+    for at in range(0, length, 4 * QUARTER):
+        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
+        incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
+        higher = tl.maximum(best, score)
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = _exp((best - anchor) / temperature)
+        relaxed = _exp((score - anchor) / temperature)
+        total = total * shrink + relaxed
+        dots = dots * shrink + relaxed * incoming
+        best = higher
+    top = tl.max(best, 0)
+    empty = top == float("-inf")
+    top = tl.where(empty, 0.0, top)
+    weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) / temperature))
+    sum_ = tl.where(empty, 1.0, tl.sum(total * weight, 0))
+    dot = tl.sum(dots * weight, 0) / sum_
+    for at in range(0, length, 4 * QUARTER):
+        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
+        incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
+        soft = _exp((score - top) / temperature) / sum_
+        tl.store(out + start + column, soft * (incoming - dot) / temperature, mask=inside)

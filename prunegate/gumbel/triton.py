@@ -1,0 +1,203 @@
+"""The samplers as Triton kernels, for tensors on a GPU (or on the CPU, in Triton's interpreter).
+
+Nothing is saved for backward but the logits and the two numbers that the noise is made of.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from prunegate.gumbel import reference
+from prunegate.gumbel.arguments import Options, is_plain_eager, refuse_impossible_rows
+from prunegate.gumbel.philox import Philox, take_state
+
+# Rows of up to this many columns are held whole in the registers of a program; longer ones are looped over.
+WHOLE_ROW = 4096
+# Elements of a program: many short rows, or one step of the loop over a long one.
+ELEMENTS = 2048
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Plan(NamedTuple):
+    """How a kernel is launched: whether rows are whole, a quarter of the columns in a block, and rows in a block."""
+
+    whole: bool
+    quarter: int
+    rows: int
+    warps: int
+
+
+def plan_rows(columns: int, ragged: bool) -> Plan:
+    """The block that suits rows of ``columns`` categories."""
+    if ragged or columns > WHOLE_ROW:
+        return Plan(False, ELEMENTS // 4 if ragged else ELEMENTS // 2, 1, 4 if ragged else 8)
+    quarter = 1
+    while 4 * quarter < columns:
+        quarter *= 2
+    return Plan(True, quarter, max(1, ELEMENTS // (4 * quarter)), 8 if columns > 2048 else 4)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels in Python, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def availability() -> str:
+    """``"available"`` and where, or why there is nothing to run kernels on."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        return "available, in the interpreter"
+    if not torch.cuda.is_available():
+        return "there is no GPU; TRITON_INTERPRET=1 runs the kernels in Python"
+    return f"available, {torch.cuda.get_device_name()}"
+
+
+def takes(logits: Tensor, options: Options) -> bool:
+    """Whether these kernels can sample this; what they cannot, torch's own operations do."""
+    tau = options.surrogate_tau
+    return (
+        (logits.is_cuda or interpreting())
+        and logits.dtype in DTYPES
+        and options.plain
+        and (options.hard or options.tau_backward is None)
+        and not (isinstance(tau, Tensor) and tau.requires_grad)
+        and is_plain_eager(logits)
+        and availability().startswith("available")
+    )
+
+
+def sample_softmax(
+    logits: Tensor,
+    options: Options,
+    dim: int,
+    offsets: Tensor | None,
+    generator: torch.Generator | Philox | None,
+) -> Tensor:
+    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
+    refuse_impossible_rows(logits, dim, offsets)
+    state = take_state(generator, logits.device)
+    if offsets is not None:
+        return _Softmax.apply(logits, options, offsets, state)
+    moved = logits.reshape(1) if logits.dim() == 0 else logits.movedim(dim, -1)
+    sample = _Softmax.apply(moved.reshape(-1, moved.shape[-1]), options, None, state).reshape(moved.shape)
+    return sample.reshape(()) if logits.dim() == 0 else sample.movedim(-1, dim).contiguous()
+
+
+def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
+    """Draws noise and samples one gate a logit."""
+    return _Sigmoid.apply(logits, options, take_state(generator, logits.device))
+
+
+def _kernels() -> ModuleType:
+    # Imported on first use: Triton decides at import whether it interprets, and not every machine has it.
+    return importlib.import_module("prunegate.gumbel.kernels")
+
+
+def _tau(options: Options) -> tuple[float | Tensor, bool]:
+    # A temperature on the device is read there; looking at it here would make the host wait.
+    tau = options.surrogate_tau
+    if isinstance(tau, Tensor) and tau.device.type == "cpu" and not interpreting():
+        return float(tau), False
+    return (tau, True) if isinstance(tau, Tensor) else (float(tau), False)
+
+
+class _Sigmoid(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        ctx.save_for_backward(logits, state)
+        ctx.options = options
+        out = torch.empty_like(logits)
+        tau, pointer = _tau(options)
+        grid = (-(-logits.numel() // ELEMENTS),)
+        flags = {"HARD": options.hard, "POINTER": pointer, "QUARTER": ELEMENTS // 4, "FAST": not interpreting()}
+        _kernels().gates_forward[grid](logits, out, state, tau, logits.numel(), **flags)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, state = ctx.saved_tensors
+        tau, pointer = _tau(ctx.options)
+        if torch.is_grad_enabled() or not is_plain_eager(gradient):
+            soft = torch.sigmoid((logits + reference.philox_logistic(state, logits)) / tau)
+            return gradient * soft * (1 - soft) / tau, None, None
+        gradient = gradient.contiguous()
+        out = torch.empty_like(logits)
+        grid = (-(-logits.numel() // ELEMENTS),)
+        flags = {"POINTER": pointer, "QUARTER": ELEMENTS // 4, "FAST": not interpreting()}
+        _kernels().gates_backward[grid](gradient, logits, out, state, tau, logits.numel(), **flags)
+        return out, None, None
+
+
+class _Softmax(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        ctx.save_for_backward(logits, state)
+        ctx.options, ctx.offsets = options, offsets
+        out = torch.empty_like(logits)
+        _launch("forward", [logits, out], options, offsets, state, HARD=options.hard)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, state = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain_eager(gradient):
+            return _differentiable_backward(gradient, logits, ctx.options, ctx.offsets, state), None, None, None
+        out = torch.empty_like(logits)
+        _launch("backward", [gradient.contiguous(), logits, out], ctx.options, ctx.offsets, state)
+        return out, None, None, None
+
+
+def _launch(
+    direction: str, tensors: list[Tensor], options: Options, offsets: Tensor | None, state: Tensor, **flags: bool
+) -> None:
+    logits = tensors[-2]
+    columns = logits.shape[-1]
+    plan = plan_rows(columns, offsets is not None)
+    tau, flags["POINTER"] = _tau(options)
+    flags["FAST"] = not interpreting()
+    kernels = _kernels()
+    if plan.whole:
+        kernel = kernels.tile_forward if direction == "forward" else kernels.tile_backward
+        grid = (-(-logits.shape[0] // plan.rows),)
+        kernel[grid](
+            *tensors, state, tau, logits.shape[0], columns, QUARTER=plan.quarter, ROWS=plan.rows,
+            num_warps=plan.warps, **flags,
+        )  # fmt: skip
+    else:
+        kernel = kernels.row_forward if direction == "forward" else kernels.row_backward
+        grid = (logits.shape[0] if offsets is None else len(offsets) - 1,)
+        ragged = offsets is not None
+        kernel[grid](
+            *tensors, state if offsets is None else offsets, state, tau, columns, RAGGED=ragged,
+            QUARTER=plan.quarter, num_warps=plan.warps, **flags,
+        )  # fmt: skip
+
+
+def _differentiable_backward(
+    gradient: Tensor, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor
+) -> Tensor:
+    """The gradient in torch's operations on the same noise, for second derivatives and batched gradients."""
+    scores = (logits + reference.philox_gumbel(state, logits, -1, offsets)) / options.surrogate_tau
+    if offsets is None:
+        rows, incoming = [scores], [gradient]
+    else:
+        lengths = offsets.diff().tolist()
+        rows, incoming = list(scores.split(lengths)), list(gradient.split(lengths))
+    parts = []
+    for row, weight in zip(rows, incoming, strict=True):
+        product = weight * torch.softmax(row, -1)
+        parts.append(product - torch.softmax(row, -1) * product.sum(-1, keepdim=True))
+    return torch.cat(parts) / options.surrogate_tau

@@ -1,0 +1,189 @@
+"""Checks of the Triton kernels, for the interpreter or a GPU; `test_triton.py` runs this file in a process of its own.
+
+Triton decides when it is imported whether it interprets, so these cannot run beside tests that must not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch.testing import assert_close
+
+from prunegate.gumbel import Philox, backends, gumbel_sigmoid, gumbel_softmax, triton
+from prunegate.gumbel.arguments import make_options
+
+DEVICE = "cpu" if triton.interpreting() else "cuda"
+SHAPES = [(1, 1), (5, 3), (7, 4), (3, 100), (2, 1024), (1, 4096), (2, 5000)]
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(DEVICE)
+
+
+def both(sampler, logits: torch.Tensor, weight: torch.Tensor, tau, hard: bool, **kind):
+    """Sample and gradient of the kernels and of the oracle on the same words."""
+    found = []
+    for name in ("triton", "reference"):
+        sample = sampler(logits, tau, hard, generator=Philox(9, 2, DEVICE), backend=name, **kind)
+        found.append((sample.detach(), torch.autograd.grad(sample, logits, weight)[0]))
+    return found
+
+
+def agree(ours, theirs) -> None:
+    assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+    assert_close(ours[1], theirs[1], atol=2e-5, rtol=1e-4)
+
+
+def test_the_backend_is_there() -> None:
+    assert backends()["triton"].startswith("available")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("hard", [True, False])
+def test_rows_equal_the_oracle(shape: tuple[int, int], hard: bool) -> None:
+    assert triton.plan_rows(shape[1], False).whole == (shape[1] <= triton.WHOLE_ROW)
+    logits, weight = random(*shape).requires_grad_(), random(*shape)
+    for tau in (1.0, torch.tensor(0.4, device=DEVICE)):
+        ours, theirs = both(gumbel_softmax, logits, weight, tau, hard)
+        agree(ours, theirs)
+        if hard:
+            assert ours[0].equal(theirs[0])
+
+
+@pytest.mark.parametrize("count", [1, 2047, 2049])
+@pytest.mark.parametrize("hard", [True, False])
+def test_gates_equal_the_oracle(count: int, hard: bool) -> None:
+    logits, weight = random(count).requires_grad_(), random(count)
+    for tau in (1.0, torch.tensor(0.4, device=DEVICE)):
+        agree(*both(gumbel_sigmoid, logits, weight, tau, hard))
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_ragged_rows_equal_the_oracle(hard: bool) -> None:
+    logits, weight = random(3000).requires_grad_(), random(3000)
+    segments = torch.tensor([0, 3, 3, 4, 10, 600, 3000], device=DEVICE)
+    agree(*both(gumbel_softmax, logits, weight, 0.7, hard, segments=segments))
+
+
+def test_a_row_keeps_its_draw_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = random(6, 300)
+    whole = gumbel_softmax(logits, generator=Philox(3, 0, DEVICE), backend="triton")
+    monkeypatch.setattr(triton, "WHOLE_ROW", 64)
+    monkeypatch.setattr(triton, "ELEMENTS", 256)
+    looped = gumbel_softmax(logits, generator=Philox(3, 0, DEVICE), backend="triton")
+    assert_close(whole, looped)
+    hard = gumbel_softmax(logits, hard=True, generator=Philox(3, 0, DEVICE), backend="triton")
+    assert hard.argmax(-1).equal(whole.argmax(-1))
+
+
+def test_the_cpu_draws_the_same_gates() -> None:
+    if not backends()["cpu"].startswith("available"):
+        pytest.skip(backends()["cpu"])
+    logits = torch.randn(3000)
+    gates = gumbel_sigmoid(logits, hard=True, generator=Philox(4), backend="cpu")
+    assert gates.equal(
+        gumbel_sigmoid(logits.to(DEVICE), hard=True, generator=Philox(4, 0, DEVICE), backend="triton").cpu()
+    )
+    rows = torch.randn(40, 30)
+    sample = gumbel_softmax(rows, hard=True, generator=Philox(4), backend="cpu")
+    assert sample.equal(
+        gumbel_softmax(rows.to(DEVICE), hard=True, generator=Philox(4, 0, DEVICE), backend="triton").cpu()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_halves_are_computed_in_float32(dtype: torch.dtype) -> None:
+    logits = random(20, 30).to(dtype).requires_grad_()
+    for sampler in (gumbel_softmax, gumbel_sigmoid):
+        half = sampler(logits, 0.7, generator=Philox(6, 0, DEVICE), backend="triton")
+        full = sampler(logits.float(), 0.7, generator=Philox(6, 0, DEVICE), backend="triton")
+        assert half.dtype == dtype
+        assert_close(half.float(), full.to(dtype).float(), atol=0, rtol=torch.finfo(dtype).eps)
+        (gradient,) = torch.autograd.grad(half, logits, torch.ones_like(half))
+        assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("columns", [7, 5000])
+def test_ties_masks_and_nan(columns: int) -> None:
+    logits = torch.full((4, columns), 2.0**30, device=DEVICE)
+    logits[1, :-1] = -math.inf
+    logits[2] = -1e4
+    logits[3, 2] = math.nan
+    logits.requires_grad_()
+    sample = gumbel_softmax(logits, 0.5, True, backend="triton")
+    assert sample[3].isnan().all()
+    assert (sample[:3].sum(-1) == 1).all()
+    assert sample[1, -1] == 1
+    soft = gumbel_softmax(logits, 0.5, backend="triton")
+    assert soft[3].isnan().all()
+    assert soft[:3].isfinite().all()
+    (gradient,) = torch.autograd.grad(sample, logits, torch.ones_like(sample).cumsum(-1))
+    assert gradient[:3].isfinite().all()
+    assert gradient[3].isnan().all()
+    gates = gumbel_sigmoid(logits, hard=True, backend="triton")
+    assert gates.isnan().equal(logits.isnan())
+
+
+@pytest.mark.parametrize("columns", [4, 4500])
+def test_frequencies(columns: int) -> None:
+    rows = 4000 if columns == 4 else 40
+    sample = gumbel_softmax(torch.linspace(-1, 1, columns).expand(rows, -1).to(DEVICE), hard=True, backend="triton")
+    assert (sample.sum(-1) == 1).all()
+    if columns == 4:
+        expected = torch.linspace(-1, 1, 4).double().softmax(0) * rows
+        assert stats.chisquare(sample.sum(0).double().cpu().numpy(), expected.numpy()).pvalue > 1e-4
+    gates = gumbel_sigmoid(torch.full((6000,), 0.7, device=DEVICE), hard=True, backend="triton")
+    assert stats.binomtest(int(gates.sum()), 6000, torch.tensor(0.7).double().sigmoid().item()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("sampler", [gumbel_softmax, gumbel_sigmoid])
+@pytest.mark.parametrize("segments", [None, [0, 10, 11, 60]], ids=["rows", "ragged"])
+def test_second_derivatives(sampler, segments: list[int] | None) -> None:
+    logits, weight, probe = random(60).requires_grad_(), random(60), random(60)
+    derivatives = []
+    for name in ("triton", "reference"):
+        sample = sampler(logits, 0.8, True, segments=segments, generator=Philox(2, 0, DEVICE), backend=name)
+        (first,) = torch.autograd.grad((sample * weight).sum(), logits, create_graph=True)
+        derivatives.append([first.detach(), *torch.autograd.grad((first * probe).sum(), logits)])
+    assert_close(*derivatives, atol=1e-5, rtol=1e-4)
+
+
+def test_any_dimension_and_seed() -> None:
+    logits = random(3, 6, 5)
+    for dim in (0, 1, 2):
+        ours, theirs = (
+            gumbel_softmax(logits, dim=dim, hard=True, generator=Philox(5, 0, DEVICE), backend=name)
+            for name in ("triton", "reference")
+        )
+        assert ours.equal(theirs)
+        assert ours.is_contiguous()
+    torch.manual_seed(3)
+    first = gumbel_sigmoid(logits, hard=True, backend="triton")
+    torch.manual_seed(3)
+    assert first.equal(gumbel_sigmoid(logits, hard=True, backend="triton"))
+    assert gumbel_softmax(logits.sum(), hard=True, backend="triton") == 1
+
+
+def test_a_transform_is_given_plain_operations() -> None:
+    draw = torch.func.vmap(lambda x: gumbel_softmax(x, hard=True, backend="triton"), randomness="different")
+    assert (draw(random(3, 4, 5)).sum(-1) == 1).all()
+    assert not triton.takes(random(3), make_options(1.0, None, True, "reinmax", 0))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_a_cuda_graph_draws_anew_on_replay() -> None:
+    logits = torch.zeros(10_000, device="cuda")
+    for generator in (None, Philox(3, 0, "cuda")):
+        gumbel_sigmoid(logits, hard=True, generator=generator)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            sample = gumbel_sigmoid(logits, hard=True, generator=generator)
+        draws = []
+        for _ in range(2):
+            graph.replay()
+            draws.append(sample.clone())
+        assert 4000 < int((draws[0] != draws[1]).sum()) < 6000
