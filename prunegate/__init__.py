@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunegate.attach import attach as attach
+    from prunegate.attaching import attach as attach
     from prunegate.budget import Budget as Budget
     from prunegate.checkpoint import load as load
     from prunegate.checkpoint import save as save
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prunegate.slim.apply import apply_plan as apply_plan
 
 _HOME = {
-    "attach": "attach",
+    "attach": "attaching",
     "Budget": "budget",
     "load": "checkpoint",
     "save": "checkpoint",

@@ -39,7 +39,7 @@ LAYERS = (
     "install",
     "derive",
     "gated",
-    "attach",
+    "attaching",
     "select",
     "budget",
     "builders",
