@@ -1,0 +1,213 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, instructions and bytes an element.
+
+    python tools/kernel_report.py --capability 80 90 100
+
+Kernels are compiled ahead of time, and the binary is taken apart with the tools that Triton brings. The bytes of the
+eager baseline, ``torch.nn.functional.gumbel_softmax(hard=True)`` forward and backward, are what its operations read
+and write. The expected limit is the slowest of three on the named card: moving the bytes, issuing the instructions,
+and the special function unit. It is arithmetic, not a measurement. Kernels with loops are counted whole, so what
+stands before and after the loop weighs on one step of it, and their instructions an element are an upper bound.
+
+The command fails if any kernel spills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from prunegate.gumbel import kernels
+from prunegate.gumbel.triton import ELEMENTS, plan_rows
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Card(NamedTuple):
+    """A card's limits, from its data sheet."""
+
+    name: str
+    bandwidth: float  # bytes a second
+    processors: int
+    clock: float  # cycles a second
+
+
+CARDS = {
+    80: Card("A100 80 GB", 2.04e12, 108, 1.41e9),
+    90: Card("H100 SXM", 3.35e12, 132, 1.83e9),
+    100: Card("B200", 8.0e12, 148, 1.85e9),
+}
+
+
+class Job(NamedTuple):
+    """A kernel to compile: its name here, the kernel, its compile-time arguments, and its work."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, int | bool]
+    elements: int
+    moved: int  # bytes an element, read and written
+    warps: int
+
+
+class Binary(NamedTuple):
+    """What was found in a binary."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instructions: float  # an element
+    special: float  # instructions of the special function unit, an element
+
+
+def jobs() -> list[Job]:
+    """Forward and backward of each kind of rows, as the sampler launches them in float32."""
+    found = []
+    common: dict[str, int | bool] = {"POINTER": False, "FAST": True}
+    gates = {**common, "QUARTER": ELEMENTS // 4}
+    found.append(Job("gates forward", kernels.gates_forward, {**gates, "HARD": True}, ELEMENTS, 8, 4))
+    found.append(Job("gates backward", kernels.gates_backward, gates, ELEMENTS, 12, 4))
+    for columns, ragged in [(4, False), (32, False), (1024, False), (4096, False), (50_257, False), (50, True)]:
+        plan = plan_rows(columns, ragged)
+        name = "ragged rows" if ragged else f"rows of {columns}"
+        width = 4 * plan.quarter
+        constants = {**common, "QUARTER": plan.quarter}
+        # A looped backward reads logits and gradient twice; the second time they may come from the cache, or not.
+        if plan.whole:
+            constants |= {"ROWS": plan.rows}
+            forward, backward, moved, real = kernels.tile_forward, kernels.tile_backward, 12, columns * plan.rows
+        else:
+            constants |= {"RAGGED": ragged}
+            forward, backward, moved, real = kernels.row_forward, kernels.row_backward, 20, width
+        found.append(Job(f"{name} forward", forward, {**constants, "HARD": True}, real, 8, plan.warps))
+        found.append(Job(f"{name} backward", backward, constants, real, moved, plan.warps))
+    return found
+
+
+def examine(job: Job, capability: int) -> Binary:
+    """Compiles a kernel for one kind of GPU and takes the binary apart."""
+    types = {"tau": "fp32", "state": "*i64", "offsets": "*i64", "count": "i32", "rows": "i32", "columns": "i32"}
+    names = job.kernel.arg_names
+    signature = {name: "constexpr" if name in job.constants else types.get(name, "*fp32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    source = ASTSource(fn=job.kernel, signature=signature, constexprs=job.constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": job.warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("cuobjdump", "-sass", file.name)
+    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
+    operations = [operation for operation in operations if operation != "NOP"]
+    special = sum(operation.startswith("MUFU") for operation in operations)
+    threads = 32 * job.warps
+    numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
+    return Binary(
+        numbers["REG"],
+        # Spilled registers go to local memory on the stack; nothing else here is put there.
+        numbers["STACK"] + numbers["LOCAL"],
+        compiled.metadata.shared,
+        len(operations) * threads / job.elements,
+        special * threads / job.elements,
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def limit(binary: Binary, moved: int, card: Card) -> tuple[float, str]:
+    """Most elements a second, and what holds them back."""
+    cycles = card.processors * card.clock
+    rates = {
+        "bandwidth": card.bandwidth / moved,
+        "issue": 128 * cycles / binary.instructions,
+        "special functions": 16 * cycles / binary.special,
+    }
+    slowest = min(rates, key=rates.__getitem__)
+    return rates[slowest], slowest
+
+
+class BytesMoved(TorchDispatchMode):
+    """Adds up what the operations under it read and write; views move nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation and counts the distinct tensors that it touches."""
+        result = func(*args, **(kwargs or {}))
+        outputs = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+        inputs = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
+        is_view = any(out.data_ptr() == other.data_ptr() for out in outputs for other in inputs)
+        in_place = func._schema.is_mutable
+        if "empty" not in func.__name__ and (not is_view or in_place):
+            writes = outputs[:1] if in_place else outputs
+            # An operation that only fills its argument does not read it.
+            reads = [] if func.__name__.split(".")[0] in ("exponential_", "zero_", "fill_") else inputs
+            self.total += sum(t.nbytes for t in (*reads, *writes))
+        return result
+
+
+def eager_bytes(shape: tuple[int, ...]) -> int:
+    """What ``F.gumbel_softmax(hard=True)`` reads and writes forward and backward."""
+    logits, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    with BytesMoved() as counter:
+        torch.autograd.grad(F.gumbel_softmax(logits, hard=True), logits, gradient)
+    return counter.total
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints one table for each kind of GPU.
+
+    Args:
+        argv: Command line without the program's name; ``None`` takes it from ``sys.argv``.
+
+    Raises:
+        SystemExit: If a kernel spills registers.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", nargs="+", type=int, default=[80, 90, 100], choices=sorted(CARDS))
+    options = parser.parse_args(argv)
+    console = Console(width=130)
+    spilling = []
+    eager = {"gates": eager_bytes((4096, 2)) / 4096, "rows": eager_bytes((4096, 32)) / (4096 * 32)}
+    for capability in options.capability:
+        card = CARDS[capability]
+        table = Table(
+            "kernel", "registers", "spilled bytes", "shared bytes", "instructions", "special", "bytes", "limit",
+            "10^9 a second", title=f"sm_{capability} ({card.name}), per element, float32; not measured",
+        )  # fmt: skip
+        seconds: dict[str, float] = {}
+        for job in jobs():
+            binary = examine(job, capability)
+            rate, reason = limit(binary, job.moved, card)
+            table.add_row(
+                job.name, str(binary.registers), str(binary.spilled), str(binary.shared),
+                f"{binary.instructions:.0f}", f"{binary.special:.1f}", str(job.moved), reason, f"{rate / 1e9:.0f}",
+            )  # fmt: skip
+            if binary.spilled:
+                spilling.append(f"{job.name} on sm_{capability}")
+            seconds[job.name.rsplit(" ", 1)[0]] = seconds.get(job.name.rsplit(" ", 1)[0], 0.0) + 1 / rate
+        console.print(table)
+        for name, ours in seconds.items():
+            moved = eager["gates" if name == "gates" else "rows"]
+            ratio = moved / card.bandwidth / ours
+            console.print(f"{name}: eager moves {moved:.0f} bytes an element; at best {ratio:.1f} times faster")
+    if spilling:
+        raise SystemExit(f"registers are spilled by: {', '.join(spilling)}")
+
+
+if __name__ == "__main__":
+    main()
