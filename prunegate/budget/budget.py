@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
-from prunegate.budget.limits import make_limits, make_widths, resolve_round_to
+from prunegate.budget.limits import PICOSECONDS, make_limits, make_widths, resolve_round_to, show
 from prunegate.budget.projection import project
 from prunegate.budget.schedule import Schedule, ramp
 from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
 from prunegate.gates import NOISE_FLOOR
+from prunegate.polynomial import Polynomial
 from prunegate.select import Selection, select
 
 __all__ = ["Budget"]
@@ -40,6 +43,10 @@ class Budget:
         flops: Share of the dense model's FLOPs in (0, 1], or an absolute number of 1000 or more; one multiply-add is
             one FLOP, at the batch size of the example input.
         params: The same for the number of parameters. At least one budget is needed, all of them hold.
+        latency: Share of the dense model's latency in (0, 1], on the device where the model is.
+        latency_ms: The same in milliseconds.
+        latency_table: A ``LatencyTable`` of this device, or the path of one; without it the model's operators are
+            measured at once, which takes from seconds to minutes.
         steps: Number of optimizer steps that the search takes; 20% of all training is a good choice.
         tau: Temperature of the relaxed gates that gradients flow through, a number or (start, end).
         noise: Scale of the logistic noise in the draws, a number or (start, end).
@@ -74,7 +81,9 @@ class Budget:
         64
     """
 
-    def __init__(self, gated: GatedModel, *, flops: float | None = None, params: float | None = None, steps: int,
+    def __init__(self, gated: GatedModel, *, flops: float | None = None, params: float | None = None,
+                 latency: float | None = None, latency_ms: float | None = None,
+                 latency_table: LatencyTable | str | Path | None = None, steps: int,
                  tau: float | tuple[float, float] = 1.0, noise: float | tuple[float, float] = (0.3, 0.0),
                  round_to: int | str | Mapping[str, Any] = 1, min_keep: float | Mapping[str, float] | None = None,
                  max_keep: float | Mapping[str, float] | None = None,
@@ -92,11 +101,17 @@ class Budget:
         self.selection: Selection | None = None
         self._gates = gated.prunegate
         self._tau, self._noise = ramp("tau", tau, positive=True), ramp("noise", noise, positive=False)
-        costs = gated.cost.polynomials
+        costs = dict(gated.cost.polynomials)
+        if latency is not None or latency_ms is not None:
+            if latency is not None and latency_ms is not None:
+                raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
+            costs["latency"] = _latency_table(gated, latency_table).polynomial(gated)
+        self._costs = costs
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
         self._widths = make_widths(gated.groups, costs["params"], rounding, min_keep, max_keep, patterns)
-        self._limits = make_limits({"flops": flops, "params": params}, costs, self._widths)
+        asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms}
+        self._limits = make_limits(asked, costs, self._widths)
         n = gated.logits.numel()
         self._learner = Learner(self._widths, n)
         self._squares = torch.zeros(n, dtype=torch.float64)
@@ -191,19 +206,21 @@ class Budget:
         """The value that the expected cost is held to in this step.
 
         Args:
-            name: ``"flops"`` or ``"params"``; the first budget if left out. A cost without a budget may be all of it.
+            name: ``"flops"``, ``"params"`` or ``"latency"`` (milliseconds); the first budget if left out. A cost
+                without a budget may be all of it.
         """
-        for limit in self._limits:
-            if name in (None, limit.name):
-                return self.schedule.target(self.step_count, limit.cost.dense, limit.most)
-        return float(self._cost(name).dense)
+        name, cost = self._cost(name)
+        for i, limit in enumerate(self._limits):
+            if name == limit.name:
+                return self._target_of(i) / _unit(name)
+        return cost.dense / _unit(name)
 
     def expected(self, name: str | None = None) -> float:
-        """The expected cost of this step's draw; the exact cost once the mask is chosen."""
-        cost = self._cost(name)
+        """The expected cost of this step's draw; the exact cost once the mask is chosen. Named as in :meth:`target`."""
+        name, cost = self._cost(name)
         if self.phase == "search":
-            return float(cost.expected(self._probabilities()))
-        return float(cost.exact(self._gates.mask().cpu()))
+            return float(cost.expected(self._probabilities())) / _unit(name)
+        return cost.exact(self._gates.mask().cpu()) / _unit(name)
 
     def report(self) -> str:
         """One line per budget: how much of it is used, and why not more. Meant for people."""
@@ -211,7 +228,8 @@ class Budget:
         lines = []
         for limit in self._limits:
             used = limit.cost.exact(mask)
-            line = f"{limit.name}: {used:,} of {limit.most:,} ({used / limit.most:.2%} of the budget)"
+            shown = f"{show(limit.name, used)} of {show(limit.name, limit.most)}"
+            line = f"{limit.name}: {shown} ({used / limit.most:.2%} of the budget)"
             if self.selection is not None and used < 0.99 * limit.most:
                 line += "; one step more of any group would exceed a budget" if self.selection.full else ""
             lines.append(line)
@@ -220,7 +238,10 @@ class Budget:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        asked = ", ".join(f"{limit.name}={limit.most:,} of {limit.cost.dense:,}" for limit in self._limits)
+        asked = ", ".join(
+            f"{limit.name}={show(limit.name, limit.most)} of {show(limit.name, limit.cost.dense)}"
+            for limit in self._limits
+        )
         return f"Budget({asked}; step {self.step_count} of {self.steps}, {self.phase})"
 
     def param_groups(self, lr: float, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -306,13 +327,11 @@ class Budget:
 
     # ------------------------------------------------------------------ inside
 
-    def _cost(self, name: str | None) -> Any:
-        if name is None:
-            return self._limits[0].cost
-        costs = self.gated.cost.polynomials
-        if name not in costs:
-            raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(costs)}")
-        return costs[name]
+    def _cost(self, name: str | None) -> tuple[str, Polynomial]:
+        name = self._limits[0].name if name is None else name
+        if name not in self._costs:
+            raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(self._costs)}")
+        return name, self._costs[name]
 
     def _scale(self) -> float:
         return max(self._gates.noise, NOISE_FLOOR)
@@ -402,6 +421,16 @@ class Budget:
             scores = self._scores(logits.detach().cpu().double())
             self._quick = (key, select(scores, limits, self._widths, thorough=False).mask)
         return self._quick[1].to(logits.device)
+
+
+def _unit(name: str) -> int:
+    return PICOSECONDS if name == "latency" else 1
+
+
+def _latency_table(gated: GatedModel, given: LatencyTable | str | Path | None) -> LatencyTable:
+    if given is None:
+        return LatencyTable.measure(gated)
+    return given if isinstance(given, LatencyTable) else LatencyTable.load(given)
 
 
 def _averaged(gradient: Tensor | None, like: Tensor) -> Tensor | None:

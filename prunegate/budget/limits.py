@@ -15,18 +15,23 @@ from prunegate.groups import Group
 from prunegate.polynomial import Polynomial
 from prunegate.select import Limit, Width, least_cost
 
-__all__ = ["make_limits", "make_widths", "resolve_round_to"]
+__all__ = ["PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
 
 _LEAST_ABSOLUTE = 1000
 _AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
 _AUTO_CPU = {"AVX512": 16}  # 32-bit elements of one register; AVX2 and anything else: 8
 
 
+PICOSECONDS = 10**9
+"""Latencies are counted in picoseconds, and asked for and shown in milliseconds."""
+
+
 def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], widths: Sequence[Width]) -> list[Limit]:
     """Budgets as limits in units of the cost.
 
     Args:
-        asked: Value by name; ``None`` means no budget.
+        asked: Value by name, of a cost (a share, or an absolute number of 1000 or more), or ``"latency_ms"`` (an
+            absolute number above 0); ``None`` means no budget.
         costs: The costs by name.
         widths: What each group may keep.
 
@@ -37,31 +42,41 @@ def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], width
     if not given:
         raise BudgetError(
             f"no budget was given; pass at least one of {', '.join(f'{name}=' for name in asked)}: a share of the "
-            f"dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more"
+            f"dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more (latency_ms: milliseconds)"
         )
-    limits = []
-    for name, value in given.items():
-        cost = costs[name]
-        least = least_cost(cost, widths)
-        reachable = (
-            f"reachable is {least:,} to {cost.dense:,}, or a share of {_share_up(least, cost.dense)} to 1 of the dense "
-            "model"
-        )
-        number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        absolute = number and value >= _LEAST_ABSOLUTE
-        if not number or not math.isfinite(value) or not (absolute or 0 < value <= 1):
-            raise BudgetError(
-                f"{name}={value!r} was given; expected a share of the dense cost in (0, 1], or an absolute number of "
-                f"{_LEAST_ABSOLUTE} or more; {reachable}"
-            )
-        most = math.floor(value) if absolute else math.floor(value * cost.dense)
-        if not least <= most <= cost.dense:
-            raise BudgetError(
-                f"{name}={value!r} is out of reach: that is {most:,}, and {reachable}; "
-                + ("lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less")
-            )
-        limits.append(Limit(name, cost, most))
-    return limits
+    return [_limit(name, value, costs["latency" if name == "latency_ms" else name], widths)
+            for name, value in given.items()]  # fmt: skip
+
+
+def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> Limit:
+    in_time = name.startswith("latency")
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if name == "latency_ms":
+        expected, unit = "a number of milliseconds above 0", PICOSECONDS
+        absolute = number and value > 0
+    else:
+        expected, unit = f"a share of the dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more", 1
+        absolute = number and value >= _LEAST_ABSOLUTE and not in_time
+        if in_time:
+            expected = "a share of the dense latency in (0, 1] (latency_ms= takes milliseconds)"
+    least = least_cost(cost, widths)
+    reachable = (
+        f"reachable is {show(name, least)} to {show(name, cost.dense)}, or a share of "
+        f"{_share_up(least, cost.dense)} to 1 of the dense model"
+    )
+    share = number and name != "latency_ms" and 0 < value <= 1
+    if not number or not math.isfinite(value) or not (absolute or share):
+        raise BudgetError(f"{name}={value!r} was given; expected {expected}; {reachable}")
+    most = math.floor(value * unit) if absolute else math.floor(value * cost.dense)
+    if not least <= most <= cost.dense:
+        remedy = "lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less"
+        raise BudgetError(f"{name}={value!r} is out of reach: that is {show(name, most)}, and {reachable}; {remedy}")
+    return Limit("latency" if in_time else name, cost, most)
+
+
+def show(name: str, value: float) -> str:
+    """A cost for people to read."""
+    return f"{value / PICOSECONDS:.3f} ms" if name.startswith("latency") else f"{int(value):,}"
 
 
 def _share_up(part: int, whole: int) -> float:

@@ -1,0 +1,106 @@
+"""Times a timm model's operators over a grid of widths on this machine, and writes a latency table.
+
+    python tools/latency.py resnet50 --device cpu --dtype float32 --batch 1
+    python tools/latency.py deit_small_patch16_224 --extend latency.json --check 10
+
+The table serves ``prunegate.Budget(gated, latency=0.5, latency_table="latency.json", steps=...)``. With ``--check``,
+random masks are cut and measured, and their times stand beside the predicted ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+
+import timm
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import prunegate
+from prunegate.budget.latency import LatencyTable, time_call
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="name of a timm model")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--size", type=int, help="image size; the model's own if left out")
+    parser.add_argument("--threads", type=int, help="number of CPU threads")
+    parser.add_argument("--extend", metavar="TABLE", help="add to this table instead of starting a new one")
+    parser.add_argument("--out", default="latency.json", help="where the table goes (--extend: there)")
+    parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N random cuts against predictions")
+    return parser.parse_args(argv)
+
+
+def random_mask(gated: prunegate.GatedModel, generator: torch.Generator) -> torch.Tensor:
+    """A mask that keeps a random share of every group."""
+    mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
+    for group in gated.groups:
+        share = 0.2 + 0.8 * float(torch.rand((), generator=generator))
+        kept = torch.randperm(group.size, generator=generator)[: max(1, round(share * group.size))]
+        mask[group.slice.start + kept] = True
+    return mask
+
+
+def check(gated: prunegate.GatedModel, table: LatencyTable, count: int, console: Console) -> float:
+    """Prints predicted and measured times of random cuts; returns the median relative error."""
+    generator = torch.Generator().manual_seed(0)
+    report = Table("mask", "FLOPs kept", "predicted ms", "measured ms", "error")
+    errors = []
+    for number in range(count):
+        mask = random_mask(gated, generator)
+        gated.mask = mask
+        slim = gated.export().eval()
+        with torch.inference_mode():
+            measured = time_call(slim, [gated.example_input], {}, least_seconds=1.0)
+        predicted = table.predict(gated, mask)
+        errors.append(abs(predicted / measured - 1))
+        share = gated.cost.flops(mask) / gated.cost.flops()
+        report.add_row(str(number), f"{share:.1%}", f"{predicted:.3f}", f"{measured:.3f}", f"{errors[-1]:.1%}")
+    gated.mask = None
+    console.print(report)
+    console.print(f"median error {statistics.median(errors):.1%}, from {min(errors):.1%} to {max(errors):.1%}")
+    return statistics.median(errors)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the tool."""
+    args = parse(argv)
+    console = Console()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    try:
+        model = timm.create_model(args.model).eval().to(args.device, dtype)
+        size = model.pretrained_cfg["input_size"]
+        if args.size:
+            size = (size[0], args.size, args.size)
+        gated = prunegate.attach(model, torch.randn(args.batch, *size, device=args.device, dtype=dtype))
+        known = LatencyTable.load(args.extend) if args.extend else None
+        with Progress(console=console) as progress:
+            task = progress.add_task(f"operators of {args.model}")
+            table = LatencyTable.measure(
+                gated, known=known, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            )
+    except (prunegate.PruneGateError, RuntimeError) as error:
+        console.print(f"{args.model}: {error}", style="red", markup=False)
+        return 1
+    path = args.extend or args.out
+    table.save(path)
+    console.print(
+        f"{len(table.operators)} operators on {table.device}; {args.model} at batch {args.batch}: "
+        f"{table.predict(gated):.3f} ms dense; written to {path}"
+    )
+    if args.check:
+        check(gated, table, args.check, console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
