@@ -3,10 +3,11 @@
     python tools/kernel_report.py --capability 80 90 100
 
 Kernels are compiled ahead of time, and the binary is taken apart with the tools that Triton brings. The bytes of the
-eager baseline, ``torch.nn.functional.gumbel_softmax(hard=True)`` forward and backward, are what its operations read
-and write. The expected limit is the slowest of three on the named card: moving the bytes, issuing the instructions,
-and the special function unit. It is arithmetic, not a measurement. Kernels with loops are counted whole, so what
-stands before and after the loop weighs on one step of it, and their instructions an element are an upper bound.
+eager baseline are what its operations read and write, forward and backward: those of
+``torch.nn.functional.gumbel_softmax(hard=True)``, and for the norms the same formula in torch. The expected limit is
+the slowest of three on the named card: moving the bytes, issuing the instructions, and the special function unit. It
+is arithmetic, not a measurement. Kernels with loops are counted whole, so what stands before and after the loop
+weighs on one step of it, and their instructions an element are an upper bound.
 
 The command fails if any kernel spills.
 """
@@ -30,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prunegate.gumbel import kernels
+from prunegate.gumbel import kernels, norm_kernels
+from prunegate.gumbel.norms import launch_warps, plain_norm
 from prunegate.gumbel.triton import ELEMENTS, plan_rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -94,12 +96,21 @@ def jobs() -> list[Job]:
             forward, backward, moved, real = kernels.row_forward, kernels.row_backward, 20, width
         found.append(Job(f"{name} forward", forward, {**constants, "HARD": True}, real, 8, plan.warps))
         found.append(Job(f"{name} backward", backward, constants, real, moved, plan.warps))
+    for columns in (384, 4096):
+        constants = {"CENTRE": True, "HAS_WEIGHT": True, "WIDTH": 1 << (columns - 1).bit_length()}
+        warps = launch_warps(columns)
+        forward = {**constants, "HAS_BIAS": True}
+        found.append(Job(f"masked norm of {columns} forward", norm_kernels.norm_forward, forward, columns, 8, warps))
+        found.append(
+            Job(f"masked norm of {columns} backward", norm_kernels.norm_backward, constants, columns, 12, warps)
+        )
     return found
 
 
 def examine(job: Job, capability: int) -> Binary:
     """Compiles a kernel for one kind of GPU and takes the binary apart."""
-    types = {"tau": "fp32", "state": "*i64", "offsets": "*i64", "count": "i32", "rows": "i32", "columns": "i32"}
+    types = {"state": "*i64", "offsets": "*i64"} | dict.fromkeys(("tau", "eps"), "fp32")
+    types |= dict.fromkeys(("count", "rows", "columns"), "i32")
     names = job.kernel.arg_names
     signature = {name: "constexpr" if name in job.constants else types.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
@@ -134,7 +145,7 @@ def limit(binary: Binary, moved: int, card: Card) -> tuple[float, str]:
     rates = {
         "bandwidth": card.bandwidth / moved,
         "issue": 128 * cycles / binary.instructions,
-        "special functions": 16 * cycles / binary.special,
+        "special functions": 16 * cycles / max(binary.special, 1e-9),
     }
     slowest = min(rates, key=rates.__getitem__)
     return rates[slowest], slowest
@@ -160,12 +171,21 @@ class BytesMoved(TorchDispatchMode):
         return result
 
 
-def eager_bytes(shape: tuple[int, ...]) -> int:
-    """What ``F.gumbel_softmax(hard=True)`` reads and writes forward and backward."""
-    logits, gradient = torch.randn(shape, requires_grad=True), torch.randn(shape)
-    with BytesMoved() as counter:
-        torch.autograd.grad(F.gumbel_softmax(logits, hard=True), logits, gradient)
-    return counter.total
+def eager_bytes() -> dict[str, float]:
+    """Bytes an element that torch's own operations read and write forward and backward, by kind of kernel."""
+    gates, rows = torch.randn(4096, 2, requires_grad=True), torch.randn(4096, 32, requires_grad=True)
+    x, keep, weight, bias = (torch.ones(n).requires_grad_() for n in (4096 * 384, 384, 384, 384))
+    moved = {}
+    for name, inputs, run in [
+        ("gates", [gates], lambda: F.gumbel_softmax(gates, hard=True)),
+        ("rows", [rows], lambda: F.gumbel_softmax(rows, hard=True)),
+        ("norm", [x, keep, weight, bias], lambda: plain_norm(x.view(-1, 384), keep, weight, bias, 1e-5, True)),
+    ]:
+        gradient = torch.ones_like(run())
+        with BytesMoved() as counter:
+            torch.autograd.grad(run(), inputs, gradient)
+        moved[name] = counter.total / (4096 if name == "gates" else inputs[0].numel())
+    return moved
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -182,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     console = Console(width=130)
     spilling = []
-    eager = {"gates": eager_bytes((4096, 2)) / 4096, "rows": eager_bytes((4096, 32)) / (4096 * 32)}
+    eager = eager_bytes()
     for capability in options.capability:
         card = CARDS[capability]
         table = Table(
@@ -202,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds[job.name.rsplit(" ", 1)[0]] = seconds.get(job.name.rsplit(" ", 1)[0], 0.0) + 1 / rate
         console.print(table)
         for name, ours in seconds.items():
-            moved = eager["gates" if name == "gates" else "rows"]
+            moved = eager["norm" if "norm" in name else "gates" if name == "gates" else "rows"]
             ratio = moved / card.bandwidth / ours
             console.print(f"{name}: eager moves {moved:.0f} bytes an element; at best {ratio:.1f} times faster")
     if spilling:

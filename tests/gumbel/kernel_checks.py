@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from prunegate.gumbel import Philox, backends, gumbel_sigmoid, gumbel_softmax, triton
+from prunegate.gumbel import Philox, backends, gumbel_sigmoid, gumbel_softmax, norms, triton
 from prunegate.gumbel.arguments import make_options
 
 DEVICE = "cpu" if triton.interpreting() else "cuda"
@@ -187,3 +187,32 @@ def test_a_cuda_graph_draws_anew_on_replay() -> None:
             graph.replay()
             draws.append(sample.clone())
         assert 4000 < int((draws[0] != draws[1]).sum()) < 6000
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (3, 4, 37), (2, 1024)], ids=str)
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_masked_norms_equal_the_oracle(
+    shape: tuple[int, ...], centre: bool, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Fewer programs than rows, so that each adds up several.
+    monkeypatch.setattr(norms, "SHARES", 3)
+    columns = shape[-1]
+    x = random(*shape).add(1.5).requires_grad_()
+    keep = (torch.arange(columns, device=DEVICE) % 3 != 1).float().requires_grad_()
+    weight = random(columns).requires_grad_() if affine else None
+    bias = random(columns).requires_grad_() if affine and centre else None
+    gradient = random(*shape)
+    inputs = [tensor for tensor in (x, keep, weight, bias) if tensor is not None]
+    ours = norms.masked_layer_norm(x, keep, weight, bias) if centre else norms.masked_rms_norm(x, keep, weight)
+    assert "MaskedNorm" in str(ours.grad_fn.next_functions[0][0])
+    eps = 1e-5 if centre else torch.finfo(torch.float32).eps
+    wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in (x, keep, weight, bias)]
+    theirs = norms.plain_norm(*wide, eps, centre)
+    assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(ours, inputs, gradient, retain_graph=True)
+    expected = torch.autograd.grad(theirs, [tensor for tensor in wide if tensor is not None], gradient.double())
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one.double(), other, atol=2e-5 * max(1.0, float(other.abs().max())), rtol=1e-4)
+    (first,) = torch.autograd.grad(ours, x, gradient, create_graph=True)
+    assert first.requires_grad
