@@ -126,6 +126,11 @@ class Oracle(TorchFunctionMode):
         mean = self.moments(x, w, dims)[1]
         return mean if keepdim else mean.sum(dims)
 
+    def do_sum(self, func: Any, node: Node, x: Tensor, dim: Any = None, *args: Any, **kw: Any) -> Tensor:
+        w = self.gate(node, set(self._reduced(x, dim)))
+        x = x if w is None else x * w
+        return func(x, **kw) if dim is None else func(x, dim, *args, **kw)
+
     def do_var(self, func: Any, node: Node, x: Tensor, dim: Any = None, keepdim: bool = False, **kw: Any) -> Tensor:
         dims = self._reduced(x, dim)
         w = self.gate(node, set(dims))

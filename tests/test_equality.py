@@ -52,7 +52,7 @@ def test_slow_networks(name: str) -> None:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("name", sorted(ZOO))
+@pytest.mark.parametrize("name", sorted(set(ZOO) - {"Recurrent"}))  # the oracle sees no calls inside a recurrent layer
 def test_masked_forward_and_gradient_against_the_oracle(name: str, train: bool) -> None:
     """Values and the gradient of every gate equal those of gating each consumer's operand in plain autograd."""
     torch.manual_seed(1)

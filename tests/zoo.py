@@ -472,3 +472,330 @@ class SoftmaxOverChannels(Tricky):
     def units(self) -> Iterator[Unit]:
         for i in range(6):
             yield conv_out("a", i) | conv_in("head", i)
+
+
+class TalkingHeads(Tricky):
+    """Heads are mixed before and after the softmax: scores and weights have heads of their own.
+
+    Queries, keys and values come from one fused layer whose rows are viewed as [3][head][d]; that view must stay a
+    box, so a head of the scores takes the same head of the values with it, and only the heads between the two
+    mixings are free.
+    """
+
+    input_shape = (2, 5, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.before, self.after = nn.Linear(6, 36), nn.Linear(3, 3), nn.Linear(3, 3)
+        self.proj = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = self.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        weights = self.after(scores.softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.proj((weights @ v).transpose(1, 2).reshape(b, n, 12)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for h in range(3):
+            rows = tuple(12 * part + 4 * h + j for part in range(3) for j in range(4))
+            columns = conv_in("proj", *range(4 * h, 4 * h + 4))
+            yield conv_out("qkv", *rows) | conv_in("before", h) | conv_out("after", h) | columns
+            yield conv_out("before", h) | conv_in("after", h)
+
+
+class CrossCovariance(Tricky):
+    """Attention between the channels of a head, with a temperature for each head."""
+
+    input_shape = (2, 5, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 24), nn.Linear(8, 2)
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, 4).permute(2, 0, 3, 4, 1).unbind(0)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        weights = (q @ k.transpose(-2, -1) * self.temperature).softmax(-1)
+        return self.proj((weights @ v).permute(0, 3, 1, 2).reshape(b, n, 8)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for h in range(2):
+            rows = tuple(8 * part + 4 * h + j for part in range(3) for j in range(4))
+            yield (
+                conv_out("qkv", *rows) | {("temperature", 0): (h,)} | conv_in("proj", *range(4 * h, 4 * h + 4))
+            )
+
+
+class BiasTable(Tricky):
+    """A relative position bias: columns of a table go with heads, its rows are looked up by constant indices."""
+
+    input_shape = (2, 4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 18), nn.Linear(6, 2)
+        self.table = nn.Parameter(torch.zeros(7, 3))
+        self.register_buffer("index", torch.arange(4)[:, None] - torch.arange(4)[None] + 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 3, c // 3).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1).unsqueeze(0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.proj(y.transpose(1, 2).reshape(b, n, c)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for h in range(3):
+            rows = tuple(6 * part + 2 * h + j for part in range(3) for j in range(2))
+            yield conv_out("qkv", *rows) | {("table", 1): (h,)} | conv_in("proj", 2 * h, 2 * h + 1)
+
+
+class Rotary(Tricky):
+    """A rotation of pairs of channels by a table (a buffer) must not tie heads away."""
+
+    input_shape = (2, 4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 24), nn.Linear(8, 2)
+        angles = torch.arange(4)[:, None] * torch.tensor([1.0, 0.1])
+        self.register_buffer("cos", torch.cat([angles, angles], -1).cos())
+        self.register_buffer("sin", torch.cat([angles, angles], -1).sin())
+
+    def rotate(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, -1)
+        return x * self.cos + torch.cat([-right, left], -1) * self.sin
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+        return self.proj(y.transpose(1, 2).flatten(2)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for h in range(2):
+            rows = tuple(8 * part + 4 * h + j for part in range(3) for j in range(4))
+            yield conv_out("qkv", *rows) | conv_in("proj", *range(4 * h, 4 * h + 4))
+
+
+class TiedWeights(Tricky):
+    """One table embeds tokens and, transposed, classifies them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.out = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False)
+        self.out.weight = self.table.weight
+
+    def example(self) -> Tensor:
+        return torch.randint(0, 7, (2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.table(x)
+        return self.out(x + self.mix(x).relu())
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            square = {("mix.weight", 0): (i,), ("mix.weight", 1): (i,), ("mix.bias", 0): (i,)}
+            yield {("table.weight", 1): (i,)} | square
+
+
+class UsedTwice(Tricky):
+    """One module runs twice in a pass, so what it reads the first time and the second are one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.head = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.twice(self.twice(x).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            square = {("twice.weight", 0): (i,), ("twice.weight", 1): (i,), ("twice.bias", 0): (i,)}
+            yield conv_out("stem", i) | square | conv_in("head", i)
+
+
+class Recurrent(Tricky):
+    """A recurrent layer: four gates of one hidden unit go together, in both of its matrices."""
+
+    input_shape = (2, 4, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Linear(3, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0]).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("embed", i) | {("rnn.weight_ih_l0", 1): (i,)}
+        for i in range(5):
+            gates = tuple(5 * gate + i for gate in range(4))
+            rows = {(f"rnn.{name}", 0): gates for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")}
+            yield rows | {("rnn.weight_hh_l0", 1): (i,)} | conv_in("head", i)
+
+
+class SplitAttention(Tricky):
+    """Two wide groups are weighed against each other by a softmax; the same channel of both groups is one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.fc1, self.fc2, self.head = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        b, c, h, w = x.shape
+        x = x.reshape(b, 2, c // 2, h, w)
+        weights = self.fc2(self.fc1(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        weights = weights.view(b, 2, c // 2, 1, 1).softmax(1)
+        return self.head((x * weights).sum(1).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("conv", i, 4 + i) | conv_in("fc1", i) | conv_out("fc2", i, 4 + i) | conv_in("head", i)
+        for i in range(3):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+
+
+class Cascade(Tricky):
+    """A cascade over chunks: each chunk is added to what the chunk before it became."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out, self.head = nn.Conv2d(3, 9, 1), nn.Conv2d(9, 4, 1), nn.Linear(4, 2)
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = self.a(x).split(3, 1)
+        done = [self.convs[0](chunks[0])]
+        done.append(self.convs[1](done[0] + chunks[1]))
+        return self.head(self.out(torch.cat([*done, chunks[2]], 1)).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(3):
+            yield conv_out("a", i) | conv_in("convs.0", i)
+            yield conv_out("a", 3 + i) | conv_out("convs.0", i) | conv_in("convs.1", i) | conv_in("out", i)
+            yield conv_out("convs.1", i) | conv_in("out", 3 + i)
+            yield conv_out("a", 6 + i) | conv_in("out", 6 + i)
+        for i in range(4):
+            yield conv_out("out", i) | conv_in("head", i)
+
+
+class ResponseNorm(Tricky):
+    """Global response normalisation: each channel's norm over positions, against the mean of all channels' norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+        self.gamma = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.a(x)).permute(0, 2, 3, 1)
+        norms = x.norm(p=2, dim=(1, 2), keepdim=True)
+        x = x + x * (norms / (norms.mean(dim=-1, keepdim=True) + 1e-6)) * self.gamma
+        return self.head(self.b(x.permute(0, 3, 1, 2)).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("a", i) | {("gamma", 0): (i,)} | conv_in("b", i)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
+class WindowShift(Tricky):
+    """Windows are cut out, shifted and put back; channels pass through as they are."""
+
+    input_shape = (2, 3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 6, 1), nn.LayerNorm(6)
+        self.fc1, self.fc2, self.merge, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(24, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1)
+        y = torch.roll(self.norm(x), (-2, -2), (1, 2))
+        b, h, w, c = y.shape
+        y = y.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        y = self.fc2(F.gelu(self.fc1(y)))
+        y = y.view(b, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        x = x + torch.roll(y, (2, 2), (1, 2))
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.head(self.merge(x).mean((1, 2)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            corners = conv_in("merge", *(6 * corner + i for corner in range(4)))
+            yield conv_out("embed", i) | affine("norm", i) | conv_in("fc1", i) | conv_out("fc2", i) | corners
+        for i in range(5):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+        for i in range(4):
+            yield conv_out("merge", i) | conv_in("head", i)
+
+
+class ClassToken(Tricky):
+    """A class token and position embeddings belong to the stream; positions themselves stay."""
+
+    input_shape = (2, 3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.token, self.pos = nn.Parameter(torch.zeros(1, 1, 6)), nn.Parameter(torch.zeros(1, 5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.pos
+        return self.head(self.norm(x)[:, 0])
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("embed", i) | {("token", 2): (i,), ("pos", 2): (i,)} | affine("norm", i) | conv_in("head", i)
+
+
+class DynamicWeights(Tricky):
+    """The weight is a mixture of experts by the input: derived first, then consumed. An expert is a unit, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.route, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5, 2), nn.Linear(4, 2)
+        self.experts = nn.Parameter(torch.randn(2, 4, 5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        share = self.route(x.mean((2, 3)).mean(0)).sigmoid()
+        weight = (share[:, None, None, None, None] * self.experts).sum(0)
+        return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("a", i) | conv_in("route", i) | {("experts", 2): (i,)}
+        for i in range(4):
+            yield {("experts", 1): (i,)} | conv_in("head", i)
+        for e in range(2):
+            yield conv_out("route", e) | {("experts", 0): (e,)}
+
+
+class GhostConcat(Tricky):
+    """Half of the channels are made from the other half by a cheap depthwise convolution, and put beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cheap = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.b, self.head = nn.Conv2d(8, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return self.head(self.b(torch.cat([x, self.cheap(x).relu()], 1)).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("a", i) | conv_out("cheap", i) | conv_in("b", i, 4 + i)
+            yield conv_out("b", i) | conv_in("head", i)

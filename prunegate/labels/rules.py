@@ -18,7 +18,7 @@ from prunegate.labels.algebra import Algebra
 from prunegate.labels.planes import place, varying
 from prunegate.labels.record import Node, Op, nodes_in
 
-__all__ = ["apply_rule", "rule_for"]
+__all__ = ["MAKES_TENSORS", "apply_rule", "rule_for"]
 
 Rule = Callable[[Algebra, Op], None]
 
@@ -58,6 +58,9 @@ def apply_rule(algebra: Algebra, op: Op) -> None:
     finally:
         algebra.op = None
 
+
+MAKES_TENSORS = frozenset("zeros ones full empty new_zeros new_ones new_full new_empty".split())
+"""Operations whose results may carry labels although no operand does."""
 
 # Element-wise operations that ATen does not tag as such.
 _POINTWISE = frozenset(
@@ -162,8 +165,22 @@ def _embedding(algebra: Algebra, op: Op) -> None:
     algebra.put(op.out, [plane.reshape((1,) * (op.out.ndim - 1) + (-1,)) for plane in algebra.get(weight)])
 
 
-@rule("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_empty",
-      "new_ones", "new_full", "new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero",
+@rule("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like")
+def _same_shape(algebra: Algebra, op: Op) -> None:
+    """The operand's values do not reach the result, but its shape does: it is cut as the operand is."""
+    if op.out.dtype.is_floating_point:
+        algebra.put(op.out, algebra.get(op.args[0]))
+
+
+@rule(*MAKES_TENSORS)
+def _filled(algebra: Algebra, op: Op) -> None:
+    """A table made on the way is like a buffer: its positions take the labels of what they meet."""
+    if op.out.dtype.is_floating_point:
+        sizes = [(dim, size) for dim, size in enumerate(op.out.shape) if size > 1]
+        algebra.put(op.out, [place(algebra.labels.fresh(size, strong=False), dim, op.out.ndim) for dim, size in sizes])
+
+
+@rule("new_empty_strided", "bernoulli", "uniform", "normal", "fill", "zero",
       "assert_async", "assert_tensor_metadata", "local_scalar_dense", "is_same_size", "sym_size")  # fmt: skip
 def _no_values(algebra: Algebra, op: Op) -> None:
     """Nothing of the operand's values reaches the result."""

@@ -18,7 +18,7 @@ from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
-from prunegate.labels.rules import apply_rule
+from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 from prunegate.tensors import named_tensors, tensor_caches
@@ -115,7 +115,7 @@ class _Dispatch(TorchDispatchMode):
                     node.base = inputs[0].base or inputs[0]
         op = Op(func, name, node_args, node_kwargs, to_nodes(out), self.call)
         self.ops.append(op)
-        if any(node.planes for node in inputs):
+        if name in MAKES_TENSORS or any(node.planes for node in inputs):
             apply_rule(self.algebra, op)
         return out
 
@@ -313,6 +313,7 @@ def _settle(result: Trace) -> None:
             algebra.labels.freeze(plane, Reason("the model's output"))
     _freeze_unused(result)
     make_rectangular(result)
+    _freeze_whole_layers(result)
     roots = result.labels.roots()
     weak = torch.unique(roots[~result.labels.is_strong(roots)])
     algebra.labels.freeze(weak, Reason("only buffers carry it"))
@@ -333,6 +334,17 @@ def _freeze_unused(result: Trace) -> None:
         seen[roots[torch.cat(touched)]] = True
     unused = torch.unique(roots[~seen[roots]])
     labels.freeze(unused, Reason("no operation on the input uses it"))
+
+
+def _freeze_whole_layers(result: Trace) -> None:
+    """A class that holds every position of some dimension would empty a layer: it is no unit."""
+    labels = result.labels
+    roots = labels.roots()
+    for name in result.parameters:
+        for plane in result.tensors[name].planes:
+            own = roots[plane.flatten()]
+            if int(own[0]) != FROZEN and bool((own == own[0]).all()):
+                labels.freeze(own[:1], Reason("a layer would vanish with one unit"))
 
 
 def make_rectangular(result: Trace) -> None:
