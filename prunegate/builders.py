@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FunctionType
@@ -44,6 +45,7 @@ class Limits:
     def __init__(self, shapes: Collection[Sequence[int]]) -> None:
         self.parameters = 4 * len(shapes) + 100
         self.modules = 100 * len(shapes) + 10_000
+        self.elements = max(10_000_000, 256 * sum(math.prod(shape) for shape in shapes))
         largest = max((size for shape in shapes for size in shape), default=0)
         self.integer = min(MAX_INTEGER, max(2**14, 64 * largest))
 
@@ -58,19 +60,23 @@ class Limits:
     @contextmanager
     def enforced(self) -> Iterator[None]:
         """Counts what modules register inside, and raises CheckpointError at the limit."""
-        left = {"parameters": self.parameters, "modules": self.modules}
+        left = {"parameters": self.parameters, "modules": self.modules, "elements": self.elements}
 
-        def count(what: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                left[what] -= 1
-                if left[what] < 0:
-                    raise CheckpointError(f"the file's constructor makes far more {what} than the file has tensors")
+        def take(what: str, count: int) -> None:
+            left[what] -= count
+            if left[what] < 0:
+                raise CheckpointError(f"the file's constructor makes far more {what} than the file's tensors allow")
 
-            return hook
+        def on_parameter(module: nn.Module, name: str, parameter: Any) -> None:
+            take("parameters", 1)
+            take("elements", 0 if parameter is None else parameter.numel())
+
+        def on_module(module: nn.Module, name: str, child: Any) -> None:
+            take("modules", 1)
 
         handles = [
-            nn.modules.module.register_module_parameter_registration_hook(count("parameters")),
-            nn.modules.module.register_module_module_registration_hook(count("modules")),
+            nn.modules.module.register_module_parameter_registration_hook(on_parameter),
+            nn.modules.module.register_module_module_registration_hook(on_module),
         ]
         try:
             yield

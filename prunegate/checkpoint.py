@@ -23,6 +23,7 @@ from prunegate.builders import Limits, build, describe, names_in
 from prunegate.errors import CheckpointError, PlanError
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan, plan_of
+from prunegate.slim.slicing import check_tensors
 from prunegate.tensors import is_channels_last, named_tensors, tensor_stores
 
 __all__ = ["load", "save"]
@@ -162,16 +163,16 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
     shapes = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
     target = entry["target"]
     try:
-        skeleton = _skeleton(entry, plan, names_in(entry), list(shapes.values()))
+        skeleton = apply_plan(_dense(entry, names_in(entry), Limits(list(shapes.values()))), plan)
     except PlanError as error:
         raise CheckpointError(f"{target} does not build the model that was cut: {error}") from error
     built = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(skeleton)}
-    registered = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    registered |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    registered = _registered(model)
     odd = [
         f"{name} {shapes.get(name, 'missing here')} (built: {built.get(name, 'missing')})"
-        for name in (*shapes, *built)
-        if shapes.get(name) != built.get(name) and (name in built or name in registered)
+        for name in dict.fromkeys((*shapes, *built))
+        # Plain attributes may be tables that a forward makes, of any size; if the skeleton has one, so must the model.
+        if shapes.get(name) != built.get(name) and (name in registered or (name in built and name not in shapes))
     ]
     if odd:
         raise CheckpointError(
@@ -180,6 +181,12 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
             "was before the cut"
         )
     return built
+
+
+def _registered(model: nn.Module) -> set[str]:
+    """Names of parameters and buffers, of tied ones all."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return names | {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
 
 def _collect(model: nn.Module, names: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -283,21 +290,37 @@ def _check_sizes(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _skeleton(entry: Any, plan: Plan, allow: Collection[str], shapes: Collection[Sequence[int]]) -> nn.Module:
-    """The cut model, with tensors that have no values yet wherever the constructor allows it."""
-    limits = Limits(shapes)
+def _dense(entry: Any, allow: Collection[str], limits: Limits) -> nn.Module:
+    """The dense model, with tensors that have no values wherever the constructor allows it."""
     try:
         with torch.device("meta"):
             dense = build(entry, allow, limits)
-        complete = not any(tensor.is_meta for module in dense.modules() for tensor in _inside(module))
+        if not any(tensor.is_meta for module in dense.modules() for tensor in _inside(module)):
+            return dense
     except CheckpointError as error:
         if error.__cause__ is None:  # refused, not failed
             raise
-        complete = False
-    if not complete:
-        # A constructor that reads values of tensors, or keeps some in lists, must really run.
-        dense = build(entry, allow, limits)
-    return apply_plan(dense, plan)
+    # A constructor that reads values of tensors, or keeps some in lists, must really run.
+    return build(entry, allow, limits)
+
+
+def _skeleton(document: Mapping[str, Any], plan: Plan, allow: Collection[str],
+              shapes: Collection[Sequence[int]]) -> nn.Module:  # fmt: skip
+    """The cut model, its tensors still to be given values."""
+    limits = Limits(shapes)
+    dense = _dense(document["builder"], allow, limits)
+    check_tensors(dense, plan)
+    try:
+        return apply_plan(dense, plan)
+    except PlanError as error:
+        # The library's source is another than the plan was made for. What is kept still says what must change.
+        from prunegate.rederive import rederive
+
+        try:
+            real = build(document["builder"], allow, limits)
+            return apply_plan(dense, rederive(real, plan, document["pretrained_cfg"]))
+        except PlanError as again:
+            raise PlanError(f"{error}; {again}") from again
 
 
 def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tensor],
@@ -305,7 +328,7 @@ def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tenso
     """The model with its tensors."""
     aliases = {str(name): str(first) for name, first in document["aliases"].items()}
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
-    model = _skeleton(document["builder"], plan, allow, [*shapes, *(() for _ in aliases)])
+    model = _skeleton(document, plan, allow, [*shapes, *(() for _ in aliases)])
     fixed, channels_last = set(document["fixed"]), set(document["channels_last"])
     values: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -334,6 +357,7 @@ def _assign(model: nn.Module, values: Mapping[str, Tensor], aliases: Mapping[str
     made: dict[str, Tensor] = {}
     replaced: dict[int, Tensor] = {}
     left = set(values) | set(aliases)
+    registered = _registered(model)
     for prefix, store, is_parameter in tensor_stores(model):
         for key, old in store.items():
             if not isinstance(old, Tensor):
@@ -341,7 +365,8 @@ def _assign(model: nn.Module, values: Mapping[str, Tensor], aliases: Mapping[str
             name = f"{prefix}.{key}" if prefix else key
             first = aliases.get(name, name)
             value = values.get(first)
-            if value is None or value.shape != old.shape or value.is_floating_point() != old.is_floating_point():
+            fits = value is not None and value.is_floating_point() == old.is_floating_point()
+            if value is None or not fits or (name in registered and value.shape != old.shape):
                 found = "nothing" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"
                 raise CheckpointError(
                     f"the model has {name!r} of shape {tuple(old.shape)} and type {old.dtype}; the file has {found}"

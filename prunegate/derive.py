@@ -38,4 +38,4 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
 
     tensors = {key: stays[gates] for key, gates in gate_map.dims.items()}
     inputs = fit_inputs(example_input, trace.model)
-    return derive_plan(trace.model, trace.calls, kept, tensors, lambda slim: call_model(slim, inputs))
+    return derive_plan(trace.model, trace.calls, kept, tensors, lambda slim: call_model(slim, inputs), inputs)

@@ -21,10 +21,12 @@ class Net(nn.Module):
         self.register_buffer("shift", torch.randn(width), persistent=False)
         self.scale = torch.randn(width)
         self.kept: Tensor | None = None
+        self.grown = torch.zeros(1)
 
     def forward(self, index: Tensor) -> Tensor:
         """[N] to [N, out]."""
         self.kept = torch.ones(2)
+        self.grown = torch.zeros(len(index))
         return self.out(self.head(self.act(self.norm(self.table(index))) * self.scale + self.shift))
 
 

@@ -257,10 +257,10 @@ def forge(path: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]]
 
 
 def refused(path: Path, match: str = ".", allow: tuple[str, ...] = ()) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # the machine may be busy with other tests
     with pytest.raises(CheckpointError, match=match):
         prunegate.load(path, allow)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_foreign_files(tmp_path: Path, vit: nn.Module) -> None:
@@ -334,6 +334,7 @@ def set_plan(change: Callable[[dict], None]) -> Callable[[dict, dict], None]:
         set_builder("timm:create_model", "test_vit", checkpoint_path="/etc/passwd"),
         set_builder("timm:create_model", "test_vit", embed_dim=2**40),
         set_builder("timm:create_model", "test_vit", depth=2**19),
+        set_builder("timm:create_model", "vit_giant_patch14_224"),
         set_builder("timm:create_model", "test_vit", act_layer={"layer": "subprocess:Popen"}),
         set_builder("timm:create_model", "test_vit", act_layer={"layer": "tests.buildable:Net"}),
         set_builder("timm:create_model", "test_vit", act_layer={"code": "1"}),
@@ -353,8 +354,6 @@ def set_plan(change: Callable[[dict], None]) -> Callable[[dict, dict], None]:
         set_key(aliases={"a": "b"}),
         set_plan(lambda plan: plan["dense"].update({"pos_embed": [1, 101, 2**50]})),
         set_plan(lambda plan: plan["sets"].append([0, 2**60])),
-        set_plan(lambda plan: plan["calls"].append({"module": "", "path": [["os:system", "f", 0]], "changes": []})),
-        set_plan(lambda plan: plan["attributes"].append(["", "pretrained_cfg", 1, 2])),
         lambda tensors, document: tensors.pop("pos_embed"),
         lambda tensors, document: tensors.update(more=torch.zeros(2)),
         lambda tensors, document: tensors.update(pos_embed=torch.zeros(2, 2)),
@@ -382,9 +381,39 @@ def test_only_what_the_allowed_module_defines(tmp_path: Path) -> None:
     refused(path, "allow=", ("tests.buildable",))
 
 
-def test_other_version_of_the_source_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_are_derived_again_for_another_source(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit_relpos" if timm.is_model("test_vit_relpos") else "shvit_s1").eval()
+    size = model.pretrained_cfg["input_size"]
+    gated = prunegate.attach(model).eval()
+    gated.mask = random_mask(gated, 0)
+    slim = gated.export().eval()
+    path = tmp_path / "a.safetensors"
+    prunegate.save(slim, path)
+    calls, attributes = plan_of(slim).calls, plan_of(slim).attributes
+    assert calls
+    assert attributes
+    x = torch.randn(2, *size)
+    changes = [
+        lambda plan: [call["path"][-1].__setitem__(1, "gone") for call in plan["calls"]],
+        lambda plan: [edit.__setitem__(1, "gone") for edit in plan["attributes"]],
+        lambda plan: plan["calls"].append({"module": "", "path": [["os:system", "f", 0]], "changes": []}),
+        lambda plan: plan["attributes"].append(["", "pretrained_cfg", 1, 2]),
+    ]
+    for change in changes:
+        prunegate.save(slim, path)
+        forge(path, set_plan(change))
+        twin = prunegate.load(path)
+        with torch.no_grad():
+            assert torch.equal(twin(x), slim(x))
+        assert set(plan_of(twin).calls) == set(calls)
+        assert set(plan_of(twin).attributes) == set(attributes)
+
+
+def test_other_version_of_the_source_is_named(file: Path) -> None:
     forge(file, lambda tensors, document: document["versions"].update(timm="0.1"))
     assert prunegate.load(file) is not None
     gone = ["timm.models.vision_transformer:VisionTransformer.forward", "gone", 0]
     forge(file, set_plan(lambda plan: plan["calls"].append({"module": "", "path": [gone], "changes": []})))
+    forge(file, lambda tensors, document: document["pretrained_cfg"].update(input_size=None))
     refused(file, "timm 0.1 then")

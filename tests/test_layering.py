@@ -42,6 +42,7 @@ LAYERS = (
     "attaching",
     "select",
     "budget",
+    "rederive",
     "builders",
     "checkpoint",
 )

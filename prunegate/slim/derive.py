@@ -52,7 +52,7 @@ AttributeKey = tuple[str, str]
 
 
 def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Mapping[tuple[str, int], Tensor],
-                run: Callable[[nn.Module], Any]) -> Plan:  # fmt: skip
+                run: Callable[[nn.Module], Any], inputs: Any = None) -> Plan:  # fmt: skip
     """Finds the plan that cuts a model to what is kept.
 
     Args:
@@ -61,6 +61,7 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
         kept: Which positions of a traced tensor's dimension stay.
         tensors: Which positions stay, bool, of the named tensors' dimensions.
         run: Runs a model on the input of the traced run.
+        inputs: That input, where it is a tensor: with it the widths of intermediate features are found, too.
 
     Returns:
         The plan. The model that it leaves runs through the same calls, with results of the shapes that are kept.
@@ -68,7 +69,7 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
     Raises:
         UnrepairableError: A call cannot be made to follow; it names the traced tensors that stand in the way.
     """
-    return _Derivation(model, calls, Live(kept), _tensor_plan(model, tensors), run).plan()
+    return _Derivation(model, calls, Live(kept), _tensor_plan(model, tensors), run, inputs).plan()
 
 
 def _tensor_plan(model: nn.Module, tensors: Mapping[tuple[str, int], Tensor]) -> Plan:
@@ -108,12 +109,13 @@ class _Derivation:
     """One search for a plan. ``slim`` is edited in place until nothing in its run is wrong."""
 
     def __init__(self, model: nn.Module, calls: Sequence[Call], live: Live, draft: Plan,
-                 run: Callable[[nn.Module], Any]) -> None:  # fmt: skip
+                 run: Callable[[nn.Module], Any], inputs: Any) -> None:  # fmt: skip
         self.model = model
         self.calls = calls
         self.live = live
         self.draft = draft
         self.run = run
+        self.inputs = inputs
         self.slim = apply_plan(model, draft).eval()
         self.names = {id(module): name for name, module in self.slim.named_modules()}
         self.dense_names = {id(module): name for name, module in model.named_modules()}
@@ -130,13 +132,14 @@ class _Derivation:
         for index, call in enumerate(self.calls):
             self.executions.setdefault(_place(call.frame), []).append(index)
         for _ in range(_MAX_ROUNDS):
-            watch = FeatureWatch(self.model)
+            watch = FeatureWatch(self.model, self.inputs)
             with _as_before(self.slim), watch.on(self.slim):
                 result = replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
             if not result.findings:
                 attributes = {**self.attributes}
-                for edit in watch.edits(self.slim, self.live):
-                    attributes.setdefault((edit.module, edit.name), edit)
+                with _as_before(self.slim), _as_before(self.model):
+                    for edit in watch.edits(self.slim, self.live):
+                        attributes.setdefault((edit.module, edit.name), edit)
                 return Plan(
                     self.draft.dense,
                     self.draft.kept,

@@ -6,10 +6,11 @@ found by looking at the tensors that they describe, in a run of the cut model be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,7 @@ NODE = "_prunegate_seen"
 """Attribute of a tensor in a run of the cut model: the node that it stands for."""
 
 _FEATURES = "forward_features"
+_INTERMEDIATES = "forward_intermediates"
 _INPUT_WIDTHS = ("in_features", "in_channels", "embedding_dim")
 
 
@@ -31,12 +33,14 @@ class FeatureWatch:
 
     Args:
         dense: The dense model.
+        inputs: What a run is given.
     """
 
-    def __init__(self, dense: nn.Module) -> None:
+    def __init__(self, dense: nn.Module, inputs: Any) -> None:
         self.dense = dense
+        self.inputs = inputs
         self.modules = dict(dense.named_modules())
-        self.nodes: dict[str, Node] = {}
+        self.nodes: dict[str, list[Node]] = {}
 
     @contextmanager
     def on(self, slim: nn.Module) -> Iterator[None]:
@@ -66,24 +70,31 @@ class FeatureWatch:
             slim: The cut model.
             live: What stays.
         """
-        edits = [
-            AttributeEdit("", f"feature_info.{index}.num_chs", entry["num_chs"], new)
-            for index, entry in enumerate(getattr(self.dense, "feature_info", None) or ())
-            if isinstance(entry, dict) and isinstance(entry.get("num_chs"), int)
-            for new in [_width(self.nodes.get(str(entry.get("module"))), entry["num_chs"], live)]
-            if new is not None
-        ]
+        edits = list(self._of_feature_info(slim, live))
         for (name, before), after in zip(self.modules.items(), slim.modules(), strict=True):
             for attribute, rule in (("in_features", _first), ("num_features", _last)):
                 value = _kept_number(before, attribute) if name and any(True for _ in before.children()) else None
                 new = None if value is None else rule(before, after, value)
                 if value is not None and new is not None and new != value:
                     edits.append(AttributeEdit(name, attribute, value, new))
+        edits += self._of_stages(edits)
         return [*edits, *self._of_model(slim, live, {(edit.module, edit.name) for edit in edits})]
+
+    def _of_stages(self, edits: Sequence[AttributeEdit]) -> Iterator[AttributeEdit]:
+        """Widths of several stages or branches in one sequence, and their sum."""
+        widths = self.dense.__dict__.get("embed_dim")
+        new_of = {edit.old: edit.new for edit in edits if edit.name.startswith("feature_info.")}
+        if not isinstance(widths, list | tuple) or not new_of or len(new_of) != len(set(widths) & set(new_of)):
+            return
+        new = [new_of.get(width, width) for width in widths]
+        yield AttributeEdit("", "embed_dim", tuple(widths), tuple(new))  # type: ignore[arg-type]
+        for name in ("num_features", "head_hidden_size"):
+            if _kept_number(self.dense, name) == sum(widths):
+                yield AttributeEdit("", name, sum(widths), sum(new))  # type: ignore[arg-type]
 
     def _of_model(self, slim: nn.Module, live: Live, done: set[tuple[str, str]]) -> Iterator[AttributeEdit]:
         """Widths that the model as a whole has: of its features, of its classifier's input, of its first layer."""
-        features = self.nodes.get(_FEATURES)
+        features = self.nodes.get(_FEATURES, [])
         new_of: dict[int, int] = {}
         for attribute in ("num_features", "head_hidden_size", "embed_dim"):
             value = _kept_number(self.dense, attribute)
@@ -100,16 +111,29 @@ class FeatureWatch:
             if new is not None and new != value and ("", attribute) not in done:
                 yield AttributeEdit("", attribute, value, new)
 
+    def _of_feature_info(self, slim: nn.Module, live: Live) -> Iterator[AttributeEdit]:
+        """Widths of the intermediate features."""
+        entries = getattr(self.dense, "feature_info", None)
+        entries = [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+        names = [str(entry.get("module")) for entry in entries]
+        new = [
+            _width(self.nodes.get(name, []), entry.get("num_chs", -1), live)
+            for name, entry in zip(names, entries, strict=True)
+        ]
+        if None in new or len(set(names)) < len(names):
+            new = _from_intermediates(self.dense, slim, self.inputs, entries) or new
+        for index, (entry, width) in enumerate(zip(entries, new, strict=True)):
+            if width is not None and width != entry["num_chs"]:
+                yield AttributeEdit("", f"feature_info.{index}.num_chs", entry["num_chs"], width)
+
     def _feature_info(self) -> Iterator[Mapping[str, Any]]:
         for entry in getattr(self.dense, "feature_info", None) or ():
             if isinstance(entry, dict) and entry.get("module") in self.modules:
                 yield entry
 
     def _keep(self, name: str, value: Any) -> None:
-        tensor = next((leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)), None)
-        node = getattr(tensor, NODE, None)
-        if node is not None:
-            self.nodes[name] = node
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        self.nodes[name] = [node for leaf in leaves if (node := getattr(leaf, NODE, None)) is not None]
 
     def _keep_output(self, name: str) -> Callable[..., None]:
         return lambda module, args, output: self._keep(name, output)
@@ -126,12 +150,41 @@ class FeatureWatch:
         return forward_features
 
 
-def _width(node: Node | None, value: int, live: Live) -> int | None:
-    """What is left of the one dimension of a tensor that had this size; ``None`` where nothing was lost."""
-    if node is None:
-        return None
-    new = {now for then, now in zip(node.shape, live.shape(node), strict=True) if then == value and now != then}
+def _width(nodes: Iterable[Node], value: int, live: Live) -> int | None:
+    """What is left of the dimension of this size in the first tensor that has lost some of it; ``None`` if none has."""
+    for node in nodes:
+        new = _lost(node.shape, live.shape(node), value)
+        if new is not None:
+            return new
+    return None
+
+
+def _lost(before: Sequence[int], after: Sequence[int], value: int) -> int | None:
+    new = {now for then, now in zip(before, after, strict=True) if then == value and now != then}
     return new.pop() if len(new) == 1 else None
+
+
+def _from_intermediates(dense: nn.Module, slim: nn.Module, inputs: Any,
+                        entries: Sequence[Mapping[str, Any]]) -> list[int | None] | None:  # fmt: skip
+    """Widths of the intermediate features that both models return, where the names of modules do not tell."""
+    method = getattr(dense, _INTERMEDIATES, None)
+    if not callable(method) or not isinstance(inputs, Tensor):
+        return None
+    modes = [(module, module.training) for module in dense.modules()]
+    try:
+        dense.eval()
+        with torch.no_grad():
+            before = method(inputs, intermediates_only=True)
+            after = getattr(slim, _INTERMEDIATES)(inputs, intermediates_only=True)
+    except (TypeError, AttributeError, RuntimeError, AssertionError):  # not written for these arguments, or this input
+        return None
+    finally:
+        for module, training in modes:
+            module.training = training
+    shapes = [(tuple(a.shape), tuple(b.shape)) for a, b in zip(before, after, strict=True) if isinstance(a, Tensor)]
+    if len(shapes) != len(entries):
+        return None
+    return [_lost(a, b, entry.get("num_chs", -1)) for (a, b), entry in zip(shapes, entries, strict=True)]
 
 
 def _kept_number(module: nn.Module, attribute: str) -> int | None:
