@@ -82,6 +82,7 @@ class Algebra:
         """The planes of ``node`` in canonical labels, at most one for each set of dimensions, frozen ones left out."""
         if not node.planes:
             return []
+        self.labels.settle()
         if node.known_at == self.labels.version and node.known is not None:
             return node.known
         planes = []
@@ -111,6 +112,29 @@ class Algebra:
     def freeze(self, plane: Tensor, why: str) -> None:
         """Freezes every label of ``plane``."""
         self.labels.freeze(plane, self.reason(why))
+
+    def only_plane(self, node: Node) -> Tensor | None:
+        """The raw plane of a node that has just one, along one dimension; what most tensors of a network have.
+
+        Rules that meet only such planes need no canonical labels: they join later what they join.
+        """
+        if len(node.planes) == 1:
+            plane = node.planes[0]
+            if max(plane.shape, default=1) == plane.numel():
+                return plane
+        return None
+
+    def pass_on(self, node: Node, plane: Tensor) -> None:
+        """Gives ``node`` a plane that is known to be compressed."""
+        node.planes, node.known = [plane], None
+
+    def union_later(self, a: Tensor, b: Tensor, why: str) -> None:
+        """As :meth:`union`, for planes of one size, when somebody looks."""
+        self.labels.union_later(a, b, self.reason(why))
+
+    def freeze_later(self, plane: Tensor, why: str) -> None:
+        """As :meth:`freeze`, when somebody looks."""
+        self.labels.freeze_later(plane, self.reason(why))
 
     def freeze_node(self, node: Node, why: str) -> None:
         """Freezes every label on ``node``."""
@@ -242,9 +266,37 @@ class Algebra:
 
     def elementwise(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor]:
         """Planes of the result of an element-wise operation with broadcasting to ``ndim`` dimensions."""
+        alike = self._elementwise_alike(nodes, ndim, why)
+        if alike is not None:
+            return alike
         if len(nodes) == 1:
             return [pad_to(plane, ndim) for plane in self.get(nodes[0])]
         return self.align([self.operand(node, ndim) for node in nodes], why)
+
+    def _elementwise_alike(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor] | None:
+        """The common case: each operand has at most one plane, all along one dimension, and none lacks it there."""
+        first: Tensor | None = None
+        for node in nodes:
+            if not node.planes:
+                continue
+            plane = self.only_plane(node)
+            if plane is None:
+                return None
+            plane = pad_to(plane, ndim)
+            if first is None:
+                first = plane
+            elif plane.shape != first.shape:
+                return None
+            elif plane is not first:
+                self.union_later(first, plane, why)
+        if first is None:
+            return []
+        dim = max(range(ndim), key=first.shape.__getitem__)
+        for node in nodes:
+            at = dim - (ndim - node.ndim)
+            if not node.planes and at >= 0 and node.shape[at] > 1 and at not in node.repeated:
+                return None
+        return [first]
 
     def operand(self, node: Node, ndim: int) -> Operand:
         """``node`` in the coordinates of an ``ndim``-dimensional result that it broadcasts to."""
@@ -348,6 +400,8 @@ class Algebra:
             maskable: Whether a masked form of the statistic exists; otherwise such labels freeze.
         """
         reduced = set(dims) or set(range(node.ndim))
+        if all(plane.shape[dim] == 1 for plane in node.planes for dim in reduced):
+            return list(node.planes)
         planes = []
         for plane in self.get(node):
             inside = varying(plane) & reduced
@@ -367,6 +421,8 @@ class Algebra:
     def leave_spatial(self, node: Node, dims: Iterable[int], why: str) -> list[Tensor]:
         """Planes of ``node`` with labels tied (or frozen) along ``dims``, whose positions are mixed."""
         dims = list(dims)
+        if all(plane.shape[dim] == 1 for plane in node.planes for dim in dims):
+            return list(node.planes)
         planes = []
         for plane in self.get(node):
             mixed = [dim for dim in dims if plane.shape[dim] > 1]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunegate.labels.algebra import Algebra
+from prunegate.labels.algebra import Algebra, Reduction
 from prunegate.labels.planes import place, varying
 from prunegate.labels.record import Node, Op, nodes_in
 
@@ -122,7 +122,8 @@ def movement(algebra: Algebra, op: Op) -> None:
     for node in nodes_in((op.args[1:], op.kwargs)):
         algebra.freeze_node(node, "used as an index")
     # A rearranged parameter keeps its own labels, by which a consumer finds the parameter's dimension again.
-    planes = source.planes if source.source is not None else algebra.get(source)
+    raw = source.source is not None or algebra.only_plane(source) is not None
+    planes = source.planes if raw else algebra.get(source)
     outs = _outputs(op)
     moved: list[list[Tensor]] = [[] for _ in outs]
     for plane in planes:
@@ -227,6 +228,11 @@ def _cat(algebra: Algebra, op: Op) -> None:
     bound = _bound(op)
     ndim = op.out.ndim
     dim = int(bound["dim"] or 0) % ndim
+    own = [algebra.only_plane(node) for node in tensors]
+    simple = [plane for plane in own if plane is not None and plane.shape[dim] > 1]
+    if len(simple) == len(tensors):
+        algebra.put(op.out, [torch.cat(simple, dim)])
+        return
     across, pieces = [], []
     for node in tensors:
         planes = algebra.get(node)
@@ -315,7 +321,23 @@ def _grid_sampler(algebra: Algebra, op: Op) -> None:
 
 @rule("mm")
 def _mm(algebra: Algebra, op: Op) -> None:
+    if _plain_product(algebra, op, op.args[0], op.args[1]):
+        return
     algebra.put(op.out, algebra.contract(op.args[0], op.args[1], "nk", "km", "nm", "matrix product"))
+
+
+def _plain_product(algebra: Algebra, op: Op, a: Node, b: Node) -> bool:
+    """The common case: features in, features out, by a transposed parameter."""
+    plane = algebra.only_plane(a)
+    if plane is None or plane.shape[1] == 1 or b.source is None or len(b.planes) != 2:
+        return False
+    by_dim = {dim: each for each in b.planes for dim in varying(each)}
+    if set(by_dim) != {0, 1}:
+        return False
+    algebra.union_later(plane, by_dim[0], "matrix product")
+    algebra.consume((a, frozenset([1])), (b, frozenset([0])))
+    algebra.pass_on(op.out, by_dim[1])
+    return True
 
 
 @rule("mv")
@@ -336,6 +358,9 @@ def _bmm(algebra: Algebra, op: Op) -> None:
 @rule("addmm", "addbmm")
 def _addmm(algebra: Algebra, op: Op) -> None:
     bias, a, b = op.args[:3]
+    if bias.ndim == len(bias.planes) == 1 and _plain_product(algebra, op, a, b):
+        algebra.union_later(op.out.planes[0], bias.planes[0], "bias")
+        return
     _add_bias(algebra, op, bias, algebra.contract(a, b, "nk", "km", "nm", "matrix product"))
 
 
@@ -378,6 +403,8 @@ def _attention(algebra: Algebra, op: Op) -> None:
 @rule("convolution", "mkldnn_convolution", "convolution_overrideable")
 def _convolution(algebra: Algebra, op: Op) -> None:
     bound = _bound(op)
+    if _plain_convolution(algebra, op, int(bound["groups"]), bool(bound.get("transposed"))):
+        return
     source, weight, bias = op.args[:3]
     groups, transposed = int(bound["groups"]), bool(bound.get("transposed"))
     labels, out, ndim = algebra.labels, op.out, op.out.ndim
@@ -427,6 +454,32 @@ def _convolution(algebra: Algebra, op: Op) -> None:
     if made is not None:
         passing.append(place(labels.find(made), 1, ndim))
     algebra.put(out, passing)
+
+
+def _plain_convolution(algebra: Algebra, op: Op, groups: int, transposed: bool) -> bool:
+    """The common case: channels in, channels out, by a parameter as it is; dense or depthwise."""
+    source, weight, bias = op.args[:3]
+    channels = algebra.only_plane(source)
+    depthwise = groups == source.shape[1] == weight.shape[0]
+    if transposed or weight.source is not weight or not (groups == 1 or depthwise):
+        return False
+    if channels is None or channels.shape[1] == 1 or (bias is not None and len(bias.planes) != 1):
+        return False
+    by_dim = {dim: plane for plane in weight.planes for dim in varying(plane)}
+    if 0 not in by_dim or (1 in by_dim) == depthwise:
+        return False
+    for dim, plane in by_dim.items():
+        if dim >= 2:
+            algebra.freeze_later(plane, "kernel positions")
+    if depthwise:
+        algebra.union_later(channels, by_dim[0], "a group's inputs and outputs")
+    else:
+        algebra.union_later(channels, by_dim[1], "convolution")
+        algebra.consume((source, frozenset([1])), (weight, frozenset([1])))
+    if bias is not None:
+        algebra.union_later(by_dim[0], bias.planes[0], "bias")
+    algebra.pass_on(op.out, place(by_dim[0].flatten(), 1, op.out.ndim))
+    return True
 
 
 def _join_or_freeze(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor | None,
@@ -536,6 +589,13 @@ def _layer_norm(algebra: Algebra, op: Op) -> None:
     affine = [node for node in op.args[2:4] if isinstance(node, Node)]
     out = _outputs(op)[0]
     start = source.ndim - len(shape)
+    plane = algebra.only_plane(source)
+    if len(shape) == 1 and plane is not None and plane.shape[-1] > 1 and all(len(n.planes) == 1 for n in affine):
+        algebra.reductions.append(Reduction(op, source, plane))
+        for node in affine:
+            algebra.union_later(plane, node.planes[0], "scale and shift")
+        algebra.pass_on(out, plane)
+        return
     planes = algebra.reduce(source, range(start, source.ndim), "normalised positions", keep=True)
     real = frozenset(dim for dim, size in enumerate(source.shape) if size > 1)
     operands = [(planes, real), *(algebra.operand(node, source.ndim) for node in affine)]
@@ -563,11 +623,18 @@ def _group_norm(algebra: Algebra, op: Op) -> None:
 def _batch_norm(algebra: Algebra, op: Op) -> None:
     source, bound = op.args[0], _bound(op)
     training = bool(bound.get("training", bound.get("train", False)))
+    vectors = [node for node in op.args[1:5] if isinstance(node, Node)]
+    plane = algebra.only_plane(source)
+    if not training and plane is not None and plane.shape[1] > 1 and all(len(node.planes) == 1 for node in vectors):
+        for node in vectors:
+            algebra.union_later(plane, node.planes[0], "scale and shift")
+        algebra.pass_on(_outputs(op)[0], plane)
+        return
     planes = algebra.get(source)
     if training:
         others = [dim for dim in range(source.ndim) if dim != 1]
         planes = algebra.reduce(source, others, "normalised positions", keep=True)
-    _per_channel(algebra, op, source, [n for n in op.args[1:5] if isinstance(n, Node)], planes)
+    _per_channel(algebra, op, source, vectors, planes)
 
 
 def _per_channel(algebra: Algebra, op: Op, source: Node, vectors: list[Node], planes: list[Tensor]) -> None:

@@ -50,6 +50,7 @@ class Labels:
         self._unfrozen = torch.zeros(1, dtype=torch.int64)
         self._frozen_by = torch.full((1,), -1, dtype=torch.int64)
         self._reasons: list[Reason] = []
+        self._later: list[tuple[Tensor, Tensor, Reason]] = []
 
     def __len__(self) -> int:
         return self._parent.numel()
@@ -75,15 +76,18 @@ class Labels:
 
     def find(self, labels: Tensor) -> Tensor:
         """Roots of ``labels`` (any shape)."""
+        self.settle()
         return _find(self._parent, labels)
 
     def roots(self) -> Tensor:
-        """The root of every label, int64 ``[len(self)]``."""
+        """The root of every label, int64 ``[len(self)]``. Not to be written to."""
+        self.settle()
         self._flatten()
-        return self._parent.clone()
+        return self._parent
 
     def is_strong(self, roots: Tensor) -> Tensor:
         """Whether each class, given by its root, has a strong member."""
+        self.settle()
         return self._strong[roots]
 
     def union(self, a: Tensor, b: Tensor, reason: Reason) -> bool:
@@ -91,46 +95,73 @@ class Labels:
         a, b = torch.broadcast_tensors(self.find(a), self.find(b))
         if torch.equal(a, b):
             return False
-        different = a != b
-        a, b = (a, b) if bool(different.all()) else (a[different], b[different])
-        low, high = torch.minimum(a, b).reshape(-1), torch.maximum(a, b).reshape(-1)
-        touched = torch.cat([low, high])
-        strong = touched[torch.take(self._strong, touched)]
-        zero = not bool(low.all())  # FROZEN is 0
-        if zero:
-            self._reasons.append(reason)
-        # Hook every larger root onto the smallest root it must join; repeat on what is still apart.
-        while True:
-            self._parent.scatter_reduce_(0, high, low, "amin")
-            if zero:
-                self._frozen_by[high[low == FROZEN]] = len(self._reasons) - 1
-                self._unfrozen.scatter_reduce_(0, high[low != FROZEN], low[low != FROZEN], "amin")
-            else:
-                self._unfrozen.scatter_reduce_(0, high, low, "amin")
-            a, b = self.find(low), self.find(high)
-            if torch.equal(a, b):
-                break
-            apart = a != b
-            a, b = a[apart], b[apart]
-            low, high = torch.minimum(a, b), torch.maximum(a, b)
-        if strong.numel():
-            self._strong[self.find(strong)] = True
-        self.version += 1
-        if self.version % _UNIONS_BETWEEN_FLATTENING == 0:
-            self._flatten()
+        self._reasons.append(reason)
+        self._join(a.reshape(-1), b.reshape(-1), None)
         return True
+
+    def union_later(self, a: Tensor, b: Tensor, reason: Reason) -> None:
+        """As :meth:`union` of two tensors of one size, but only when somebody looks; many such are joined at once."""
+        self._later.append((a.reshape(-1), b.reshape(-1), reason))
+
+    def settle(self) -> None:
+        """Does what :meth:`union_later` put off."""
+        if not self._later:
+            return
+        later, self._later = self._later, []
+        first = len(self._reasons)
+        self._reasons += [reason for _, _, reason in later]
+        sizes = torch.tensor([a.numel() for a, _, _ in later])
+        which = torch.arange(first, first + len(later)).repeat_interleave(sizes)
+        self._join(torch.cat([a for a, _, _ in later]), torch.cat([b for _, b, _ in later]), which)
 
     def freeze(self, labels: Tensor, reason: Reason) -> None:
         """Joins ``labels`` with the frozen class."""
         self.union(labels.reshape(-1), torch.zeros(1, dtype=torch.int64), reason)
 
+    def freeze_later(self, labels: Tensor, reason: Reason) -> None:
+        """As :meth:`freeze`, but only when somebody looks."""
+        self._later.append((labels.reshape(-1), torch.zeros(labels.numel(), dtype=torch.int64), reason))
+
+    def _join(self, a: Tensor, b: Tensor, which: Tensor | None) -> None:
+        """Joins pairs. ``which`` is the reason of each, by its number; ``None``: the last one for all."""
+        a, b = _find(self._parent, a), _find(self._parent, b)
+        different = a != b
+        if not bool(different.all()):
+            a, b = a[different], b[different]
+            which = None if which is None else which[different]
+        low, high = torch.minimum(a, b), torch.maximum(a, b)
+        touched = torch.cat([low, high])
+        strong = touched[torch.take(self._strong, touched)]
+        # Hook every larger root onto the smallest root it must join; repeat on what is still apart.
+        while low.numel():
+            self._parent.scatter_reduce_(0, high, low, "amin")
+            if bool(low.all()):  # FROZEN is 0
+                self._unfrozen.scatter_reduce_(0, high, low, "amin")
+            else:
+                zero = low == FROZEN
+                self._frozen_by[high[zero]] = len(self._reasons) - 1 if which is None else which[zero]
+                self._unfrozen.scatter_reduce_(0, high[~zero], low[~zero], "amin")
+            a, b = _find(self._parent, low), _find(self._parent, high)
+            if torch.equal(a, b):
+                break
+            apart = a != b
+            a, b = a[apart], b[apart]
+            which = None if which is None else which[apart]
+            low, high = torch.minimum(a, b), torch.maximum(a, b)
+        if strong.numel():
+            self._strong[_find(self._parent, strong)] = True
+        self.version += 1
+        if self.version % _UNIONS_BETWEEN_FLATTENING == 0:
+            self._flatten()
+
     def reasons(self, labels: Tensor) -> list[Reason | None]:
         """Why each of ``labels`` (one-dimensional) is frozen; ``None`` where it is free or was born frozen."""
+        self.settle()
         events = self._frozen_by[_find(self._unfrozen, labels)].tolist()
         return [None if event < 0 else self._reasons[event] for event in events]
 
     def _flatten(self) -> None:
-        self._parent = self.find(self._parent)
+        self._parent = _find(self._parent, self._parent)
 
 
 def _find(parent: Tensor, labels: Tensor) -> Tensor:
