@@ -102,6 +102,7 @@ class _Lengths:
         self._trace = trace
         self._of_label = gate_map.of_label
         self._known: dict[tuple[int, int], int | Tensor] = {}
+        self._equal: dict[bytes, Tensor] = {}
 
     def of(self, node: Node, dim: int) -> int | Tensor:
         """The length of ``node`` along ``dim``."""
@@ -109,5 +110,8 @@ class _Lengths:
         if key not in self._known:
             labels = self._trace.along(node, dim)
             gates = None if labels is None else self._of_label[labels]
-            self._known[key] = node.shape[dim] if gates is None or not bool((gates >= 0).any()) else gates
+            if gates is None or not bool((gates >= 0).any()):
+                self._known[key] = node.shape[dim]
+            else:  # one tensor for equal lengths: the builder knows it again
+                self._known[key] = self._equal.setdefault(gates.numpy().tobytes(), gates)
         return self._known[key]

@@ -89,32 +89,42 @@ def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tu
     Returns:
         The groups, in the order in which their first units appear among the model's tensors, and the map of gates.
     """
-    labels = trace.labels
     kinds = _kinds(trace)
-    planes = {
-        (name, next(iter(varying(plane)))): plane.flatten()
-        for name, node in trace.tensors.items()
-        for plane in trace.algebra.get(node)
-    }
-    # Classes with the same set of (tensor, dim) share the xor of the sets' random words.
-    words = torch.randint(1, 2**62, (len(planes),), generator=torch.Generator().manual_seed(0))
-    signature = torch.zeros(len(labels), dtype=torch.int64)
-    for word, plane in zip(words, planes.values(), strict=True):
-        members = torch.unique(plane)
-        signature[members] ^= word
-    signature[FROZEN] = 0
-    live = torch.nonzero(signature).flatten()  # roots, in order of first appearance
-    _, group_of = torch.unique(signature[live], return_inverse=True)
-    first = torch.full((int(group_of.max()) + 1 if live.numel() else 0,), len(labels))
-    first.scatter_reduce_(0, group_of, live, "amin")
-    order = torch.argsort(first[group_of], stable=True)
+    roots = trace.labels.roots()
+    keys, own = [], []
+    for name, node in trace.tensors.items():
+        for plane in node.planes:
+            keys.append((name, next(iter(varying(plane)))))
+            own.append(plane.flatten())
+    sizes = [labels.numel() for labels in own]
+    positions = roots[torch.cat(own)] if own else roots[:0]
+    key_of = torch.arange(len(keys)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+    # Every (class, key) once; classes with the same set of keys have the same sum of the keys' random words.
+    pairs = torch.unique(positions * len(keys) + key_of) if keys else positions
+    pairs = pairs[pairs >= len(keys)]  # class 0 is frozen
+    pair_root, pair_key = pairs // max(len(keys), 1), pairs % max(len(keys), 1)
+    words = torch.randint(1, 2**62, (len(keys),), generator=torch.Generator().manual_seed(0))
+    live, at = torch.unique(pair_root, return_inverse=True)  # roots, in order of first appearance
+    signature = torch.zeros(live.numel(), dtype=torch.int64).scatter_add_(0, at, words[pair_key])
+    _, kind_of = torch.unique(signature, return_inverse=True)
+    n_groups = int(kind_of.max()) + 1 if live.numel() else 0
+    first = torch.full((n_groups,), len(roots)).scatter_reduce_(0, kind_of, live, "amin")
+    rank = torch.argsort(torch.argsort(first))
+    group_of = rank[kind_of]
+    order = torch.argsort(group_of, stable=True)
 
-    of_label = torch.full((len(labels),), ALWAYS)
+    of_label = torch.full((len(roots),), ALWAYS)
     of_label[live[order]] = torch.arange(live.numel())
-    dims = {key: of_label[plane] for key, plane in planes.items()}
-    sizes = torch.bincount(group_of, minlength=first.numel())[torch.argsort(first)].tolist()
-    groups = _describe(trace, sizes, live[order], dims, kinds, consumed)
-    return groups, GateMap(of_label, {k: v for k, v in dims.items() if bool((v != ALWAYS).any())}, live.numel())
+    of_label = of_label[roots]
+    members: list[list[tuple[str, int]]] = [[] for _ in range(n_groups)]
+    for code in torch.unique(group_of[at] * len(keys) + pair_key).tolist():
+        members[code // len(keys)].append(keys[code % len(keys)])
+    counts = torch.bincount(group_of, minlength=n_groups).tolist()
+    groups = _describe(trace, counts, live[order], members, kinds, consumed)
+    gated = set(torch.unique(pair_key).tolist())
+    gates = of_label[positions]
+    dims = {key: part for i, (key, part) in enumerate(zip(keys, gates.split(sizes), strict=True)) if i in gated}
+    return groups, GateMap(of_label, dims, live.numel())
 
 
 def freeze_kinds(trace: Trace, units: Collection[str]) -> None:
@@ -139,18 +149,12 @@ def _kinds(trace: Trace) -> dict[int, str]:
     return kinds
 
 
-def _describe(trace: Trace, sizes: list[int], roots: Tensor, dims: Mapping[tuple[str, int], Tensor],
+def _describe(trace: Trace, sizes: list[int], roots: Tensor, members: list[list[tuple[str, int]]],
               kinds: Mapping[int, str], consumed: Collection[tuple[str, int]]) -> tuple[Group, ...]:  # fmt: skip
-    members: list[list[tuple[str, int]]] = [[] for _ in sizes]
-    starts = torch.tensor([0, *sizes]).cumsum(0)
-    for key, gates in dims.items():
-        live = gates[gates != ALWAYS]
-        for group in torch.unique(torch.bucketize(live, starts[1:], right=True)).tolist():
-            members[group].append(key)
     taken: dict[str, int] = {}
-    groups = []
+    groups: list[Group] = []
     for index, size in enumerate(sizes):
-        start = int(starts[index])
+        start = groups[-1].slice.stop if groups else 0
         name = _group_name(trace, members[index], consumed)
         taken[name] = taken.get(name, 0) + 1
         if taken[name] > 1:

@@ -45,6 +45,7 @@ class Trace:
         algebra: The labels and the events (consumptions, reductions).
         tensors: Node of every parameter, buffer and plain tensor attribute, by its first qualified name.
         aliases: Other qualified names of the same tensors (tied weights), to the first one.
+        nodes: What the operations returned, in order.
         ops: The ATen operations, in order.
         calls: The Python-level torch calls, in order.
         outputs: Nodes of the model's outputs.
@@ -55,6 +56,7 @@ class Trace:
     algebra: Algebra
     tensors: dict[str, Node]
     aliases: dict[str, str]
+    nodes: list[Node]
     ops: list[Op]
     calls: list[Call]
     modules: dict[int, str]
@@ -96,6 +98,7 @@ class _Dispatch(TorchDispatchMode):
         super().__init__()
         self.algebra = algebra
         self.ops: list[Op] = []
+        self.nodes: list[Node] = []
         self.call: Call | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,13 +110,13 @@ class _Dispatch(TorchDispatchMode):
             out = func(*args, **kwargs)
         inputs = list(nodes_in((node_args, node_kwargs)))
         depends = any(node.depends for node in inputs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                node = node_of(tensor)
-                node.depends |= depends
-                if func.is_view and inputs and node is not inputs[0]:
-                    node.base = inputs[0].base or inputs[0]
-        op = Op(func, name, node_args, node_kwargs, to_nodes(out), self.call)
+        out_nodes = to_nodes(out)
+        for node in nodes_in(out_nodes):
+            node.depends |= depends
+            self.nodes.append(node)
+            if func.is_view and inputs and node is not inputs[0]:
+                node.base = inputs[0].base or inputs[0]
+        op = Op(func, name, node_args, node_kwargs, out_nodes, self.call)
         self.ops.append(op)
         if name in MAKES_TENSORS or any(node.planes for node in inputs):
             apply_rule(self.algebra, op)
@@ -253,7 +256,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         for tensor in tagged:
             if hasattr(tensor, _NODE):
                 delattr(tensor, _NODE)
-    result = Trace(model, algebra, tensors, aliases, dispatch.ops, record.calls, modules, parameters, outputs)
+    result = Trace(model, algebra, tensors, aliases, dispatch.nodes, dispatch.ops, record.calls, modules, parameters, outputs)
     _settle(result)
     return result
 
@@ -322,12 +325,7 @@ def _settle(result: Trace) -> None:
 def _freeze_unused(result: Trace) -> None:
     """Labels that no operation on the input touched (rows of a table beyond the input's size) are not units."""
     labels = result.labels
-    planes: dict[int, list[Tensor]] = {}
-    for op in result.ops:
-        for node in nodes_in((op.args, op.kwargs, op.out)):
-            if node.depends and node.planes:
-                planes[node.uid] = node.planes
-    touched = [plane.flatten() for each in planes.values() for plane in each]
+    touched = [plane.flatten() for node in result.nodes if node.depends for plane in node.planes]
     seen = torch.zeros(len(labels), dtype=torch.bool)
     roots = labels.roots()
     if touched:
@@ -353,16 +351,16 @@ def make_rectangular(result: Trace) -> None:
     Such a tensor would not be a box after a cut. Of its dimensions the one that keeps most labels stays free.
     """
     algebra = result.algebra
+    joint = {node.uid for node in result.nodes if any(len(varying(plane)) > 1 for plane in node.planes)}
+    if not joint:
+        return
     nodes: dict[int, Node] = {}
     for call in result.calls:
-        for node in nodes_in((call.args, call.kwargs, call.out)):
-            if any(len(varying(plane)) > 1 for plane in node.planes):
-                nodes[node.uid] = node
+        nodes |= {node.uid: node for node in nodes_in((call.args, call.kwargs, call.out)) if node.uid in joint}
     # The cost of a contraction is a product of lengths, so its operands must be boxes too.
     for consumption in algebra.consumptions:
-        for node in nodes_in((consumption.op.args, consumption.op.out)):
-            if any(len(varying(plane)) > 1 for plane in node.planes):
-                nodes[node.uid] = node
+        operands = nodes_in((consumption.op.args, consumption.op.out))
+        nodes |= {node.uid: node for node in operands if node.uid in joint}
     for _ in range(_MAX_RECTANGLE_ROUNDS):
         changed = False
         for node in nodes.values():
