@@ -21,7 +21,7 @@ FORMAT = 1
 """Version of the JSON form."""
 
 Number = int | float
-ArgumentKind = Literal["size", "argument", "start", "stop", "index", "split"]
+ArgumentKind = Literal["size", "argument", "start", "stop", "index", "split", "widths"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Argument:
             negative; ``name`` is ``"sequence"`` where one expression gives them all). ``"argument"``: the argument at
             position ``index``, the object of a method counted as 0, also known by the keyword ``name``.
             ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript.
-            ``"split"``: the sections of a split; a ``chunk`` becomes a ``split`` for it.
+            ``"split"``: the sections of a split; a ``chunk`` becomes a ``split`` for it. ``"widths"``: of multi-head
+            attention, the number of heads, the widths of queries and values, and the width that the scale is for.
         index: See ``kind``.
         name: See ``kind``.
     """

@@ -24,6 +24,11 @@ def _shape(module: Any) -> tuple[int, ...] | None:
     return None if module.weight is None else tuple(module.weight.shape)
 
 
+def _is_packed(module: Any) -> bool:
+    width = module.embed_dim
+    return module.in_proj_weight is not None and tuple(module.in_proj_weight.shape) == (3 * width, width)
+
+
 _GATES = {"LSTM": 4, "GRU": 3}  # how many gates a recurrent layer stacks in one weight
 
 TABLE: dict[type[nn.Module], dict[str, Callable[[Any], Any]]] = {
@@ -46,6 +51,8 @@ TABLE: dict[type[nn.Module], dict[str, Callable[[Any], Any]]] = {
     nn.LayerNorm: {"normalized_shape": _shape},
     nn.RMSNorm: {"normalized_shape": _shape},
     nn.Embedding: {"num_embeddings": lambda m: m.weight.shape[0], "embedding_dim": lambda m: m.weight.shape[1]},
+    # torch's own fused kernels, and its checks, are for projections that are as wide as the input.
+    nn.MultiheadAttention: {"_qkv_same_embed_dim": _is_packed},
     nn.PReLU: {"num_parameters": lambda m: m.weight.shape[0]},
     nn.RNNBase: {
         "input_size": lambda m: m.weight_ih_l0.shape[1],

@@ -264,11 +264,16 @@ class _Derivation:
         change = CallEdit(site, (Change(place.argument, value),))
         if not isinstance(value, Ratio) and change.changes[0] in self.changes_at(site):
             return False
+        changes = [change]
+        if place.argument.kind == "widths":
+            # The attribute that says whether projections are packed has changed, and with it the branch that runs.
+            same = [node for node in place.located.source.calls if node.call == site.call]
+            changes = [CallEdit(replace(site, ordinal=node.ordinal), change.changes) for node in same]
         try:
-            edit_module(place.located.owner, [Edit(replace(site, module=""), change.changes)])
+            edit_module(place.located.owner, [Edit(replace(each.site, module=""), each.changes) for each in changes])
         except PlanError as error:
             raise self.unrepairable(finding, str(error)) from None
-        self.edits.append(change)
+        self.edits += changes
         return True
 
     def changes_at(self, site: CallSite) -> tuple[Change, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from prunegate.labels.record import Call, Node
 from prunegate.plan import Argument
 from prunegate.slim.arguments import SIZE_KEYWORDS
+from prunegate.slim.attention import multi_head_attention_forward
 from prunegate.slim.live import Live
 
 __all__ = ["Given", "Number", "Unrepairable", "check_call", "same_call"]
@@ -315,6 +316,36 @@ def _attention(given: Given) -> None:
         given.correct(6, "scale", width**-0.5)
 
 
+def _multi_head_attention(given: Given) -> None:
+    """Heads that no longer fill the width of the input."""
+    first = given.call.args[0]
+    if isinstance(first, tuple):  # the model was cut before
+        heads, qk, v, scale = first
+    else:
+        qk = v = given.dense(3, "embed_dim_to_check")
+        heads = given.dense(4, "num_heads")
+        scale = qk // heads
+    packed = given.dense(5 + isinstance(first, tuple), "in_proj_weight")
+    if packed is not None:
+        bounds = [given.live.count(packed, 0, stop) for stop in (qk, 2 * qk, 2 * qk + v)]
+        left = [bounds[0], bounds[1] - bounds[0], bounds[2] - bounds[1]]
+    else:
+        weights = [given.call.kwargs[name] for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        left = [given.live.count(weight, 0) for weight in weights]
+        packed = weights[0]
+    if left[0] != left[1]:
+        raise Unrepairable("queries and keys of different widths")
+    kept = given.live.positions(packed, 0)
+    heads_left = heads if kept is None else int(kept[:qk].view(heads, -1).any(1).sum())
+    right = (heads_left, left[0], left[2], scale)
+    now = given.args[0] if isinstance(given.args[0], tuple) else None
+    query = given.args[now is not None]
+    if now is not None or right != (heads, qk, v, scale) or given.shape(query)[-1] != qk:
+        given.numbers.append(Number(Argument("widths"), now, right))
+        given.func = multi_head_attention_forward
+        given.args[: now is not None] = [right]
+
+
 def _scalars(given: Given) -> None:
     """Numbers that were computed from sizes (a scale from a width) keep the value that they had."""
     for at, (now, then) in enumerate(zip(given.args, given.call.args, strict=False)):
@@ -339,6 +370,7 @@ RULES: dict[str, Callable[[Given], None]] = {
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
     "group_norm": _group_norm,
     "scaled_dot_product_attention": _attention,
+    "multi_head_attention_forward": _multi_head_attention,
     **dict.fromkeys(
         ("arange", "linspace", "zeros", "ones", "empty", "full", "rand", "randn", "eye", "new_zeros", "new_ones",
          "new_empty", "new_full", "repeat_interleave", "tile", "one_hot", "topk", "unfold", "as_strided"),

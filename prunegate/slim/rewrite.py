@@ -29,6 +29,7 @@ from prunegate.slim.arguments import (
     size_expressions,
     subscript_items,
 )
+from prunegate.slim.attention import multi_head_attention_forward
 from prunegate.slim.source import ENTERED, MODULE, ORIGIN, CallNode, FunctionSource, calls_below, full_name, read_source
 
 __all__ = ["SITES", "CallRewrite", "rewrite_function"]
@@ -37,6 +38,7 @@ SITES = "_prunegate_sites"
 """Attribute of a module: what its wrapped calls go through, by key."""
 
 _TORCH = "_prunegate_torch"
+_ATTENTION = "_prunegate_attention"
 _SPLITS = {"chunk": "split", "unsafe_chunk": "split", "tensor_split": "split", "split": "split",
            "split_with_sizes": "split", "unsafe_split": "split"}  # fmt: skip
 
@@ -202,6 +204,8 @@ class _Writer:
         whole: dict[Argument, Value] = {}
         for change in changes:
             argument = change.argument
+            if argument.kind == "widths":
+                continue
             expression = find_argument(self.source, call.node, argument)
             if expression is not None:
                 found.append((expression, self.value(change.value, expression)))
@@ -288,6 +292,13 @@ class _Writer:
             comma = ", " if node.args or node.keywords else ""
             module = MODULE if self.takes_module else f"({self.module},)"
             return start, opening, f"{name}({module}{comma}".encode()
+        widths = [change.value for change in rewrite.changes if change.argument.kind == "widths"]
+        if widths:
+            if not isinstance(node, ast.Call) or call.call != multi_head_attention_forward.__name__:
+                raise PlanError(f"call {call.call!r} of {self.source.name} is no multi-head attention")
+            self.entered[_ATTENTION] = multi_head_attention_forward
+            start, opening = self.source.span(node.func)[0], self.opening(node) + 1
+            return start, opening, f"{_ATTENTION}({widths[0]!r}, ".encode()
         if any(change.argument.kind == "split" for change in rewrite.changes):
             if not isinstance(node, ast.Call) or call.call not in _SPLITS:
                 raise PlanError(f"call {call.call!r} of {self.source.name} cannot become a split")
