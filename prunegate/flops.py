@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from prunegate.labels.record import Node, nodes_in
-from prunegate.labels.trace import tensor_caches
+from prunegate.tensors import tensor_caches
 
 __all__ = ["Term", "call_terms", "count_flops", "op_terms"]
 

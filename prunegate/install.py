@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunegate.gates import Gates, Sample
@@ -35,14 +36,29 @@ def running_copy(model: nn.Module) -> nn.Module:
     model's own, so training, moving and loading act on both.
     """
     memo: dict[int, Any] = {id(tensor): tensor for _, tensor, _ in named_tensors(model)}
-    for module in model.modules():
-        for store in module.__dict__.values():
-            # A module keeps a dozen dictionaries of hooks, mostly empty; copying them one by one takes most of the time.
-            if type(store) in (dict, OrderedDict) and not store:
-                memo[id(store)] = type(store)()
+    modules = list(model.modules())
+    for module in modules:
+        memo[id(module)] = type(module).__new__(type(module))
         for store in (module._parameters, module._buffers):
             memo[id(store)] = store
-    return copy.deepcopy(model, memo)
+    # As copy.deepcopy would, but a module's dozens of plain values and empty dictionaries of hooks are not worth a
+    # recursive call each: they would take most of the time.
+    for module in modules:
+        memo[id(module)].__dict__.update({key: _copied(value, memo) for key, value in module.__dict__.items()})
+    running: nn.Module = memo[id(model)]
+    return running
+
+
+_PLAIN = frozenset([bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device])
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+        return value
+    if kind in (dict, OrderedDict) and not value:
+        return memo[id(value)] if id(value) in memo else kind()
+    return copy.deepcopy(value, memo)
 
 
 def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -> Gates:

@@ -21,7 +21,7 @@ from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, 
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
-from prunegate.tensors import named_tensors, tensor_caches
+from prunegate.tensors import named_tensors
 
 __all__ = ["Trace", "call_model", "describe_inputs", "trace"]
 
@@ -185,16 +185,14 @@ _LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.devic
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients and no cached tensors inside; everything as it was outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    caches = [(cache, dict(cache)) for cache in tensor_caches(model)]
-    empty = [
-        value
-        for module in model.modules()
-        for name, value in module.__dict__.items()
-        if type(value) is dict and not name.startswith("_") and not value
-    ]
-    for cache, _ in caches:
-        cache.clear()
+    modes, caches = [], []
+    for module in model.modules():
+        modes.append((module, module.training))
+        for name, value in module.__dict__.items():
+            if type(value) is dict and not name.startswith("_"):
+                if all(isinstance(item, Tensor) for item in value.values()):
+                    caches.append((value, dict(value)))
+                    value.clear()
     fused = torch.backends.mkldnn.enabled
     model.eval()
     try:
@@ -209,8 +207,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
         for cache, content in caches:
             cache.clear()
             cache.update(content)
-        for value in empty:
-            value.clear()
 
 
 def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False) -> Trace:
