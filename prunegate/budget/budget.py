@@ -12,14 +12,15 @@ from torch import Tensor
 
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
-from prunegate.budget.limits import PICOSECONDS, make_limits, make_widths, resolve_round_to, show
+from prunegate.budget.limits import MEGABYTE, PICOSECONDS, make_limits, make_widths, resolve_round_to, show
+from prunegate.budget.memory import MemoryModel
 from prunegate.budget.projection import project
 from prunegate.budget.schedule import Schedule, ramp
 from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
 from prunegate.gates import NOISE_FLOOR
 from prunegate.polynomial import Polynomial
-from prunegate.select import Selection, select
+from prunegate.select import Limit, Selection, select
 
 __all__ = ["Budget"]
 
@@ -45,6 +46,8 @@ class Budget:
         params: The same for the number of parameters. At least one budget is needed, all of them hold.
         latency: Share of the dense model's latency in (0, 1], on the device where the model is.
         latency_ms: The same in milliseconds.
+        memory_mb: Peak memory of an eval-mode forward at the example input's batch, in megabytes of 2**20 bytes:
+            weights, input and activations, without the kernels' scratch space.
         latency_table: A ``LatencyTable`` of this device, or the path of one; without it the model's operators are
             measured at once, which takes from seconds to minutes.
         steps: Number of optimizer steps that the search takes; 20% of all training is a good choice.
@@ -83,7 +86,7 @@ class Budget:
 
     def __init__(self, gated: GatedModel, *, flops: float | None = None, params: float | None = None,
                  latency: float | None = None, latency_ms: float | None = None,
-                 latency_table: LatencyTable | str | Path | None = None, steps: int,
+                 latency_table: LatencyTable | str | Path | None = None, memory_mb: float | None = None, steps: int,
                  tau: float | tuple[float, float] = 1.0, noise: float | tuple[float, float] = (0.3, 0.0),
                  round_to: int | str | Mapping[str, Any] = 1, min_keep: float | Mapping[str, float] | None = None,
                  max_keep: float | Mapping[str, float] | None = None,
@@ -106,12 +109,19 @@ class Budget:
             if latency is not None and latency_ms is not None:
                 raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
             costs["latency"] = _latency_table(gated, latency_table).polynomial(gated)
+        self._memory = None if memory_mb is None else MemoryModel(gated)
+        points = [] if self._memory is None else [self._memory.cost(point) for point in self._memory.likely()]
+        if points:
+            costs["memory"] = points[0]
         self._costs = costs
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
         self._widths = make_widths(gated.groups, costs["params"], rounding, min_keep, max_keep, patterns)
-        asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms}
+        asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms,
+                 "memory_mb": memory_mb}  # fmt: skip
         self._limits = make_limits(asked, costs, self._widths)
+        # The peak is where most is held at once: each such point must stay below the limit.
+        self._limits += [Limit("memory", cost, self._limits[-1].most) for cost in points[1:]]
         n = gated.logits.numel()
         self._learner = Learner(self._widths, n)
         self._squares = torch.zeros(n, dtype=torch.float64)
@@ -206,8 +216,8 @@ class Budget:
         """The value that the expected cost is held to in this step.
 
         Args:
-            name: ``"flops"``, ``"params"`` or ``"latency"`` (milliseconds); the first budget if left out. A cost
-                without a budget may be all of it.
+            name: ``"flops"``, ``"params"``, ``"latency"`` (milliseconds) or ``"memory"`` (megabytes); the first budget
+                if left out. A cost without a budget may be all of it.
         """
         name, cost = self._cost(name)
         for i, limit in enumerate(self._limits):
@@ -220,14 +230,14 @@ class Budget:
         name, cost = self._cost(name)
         if self.phase == "search":
             return float(cost.expected(self._probabilities())) / _unit(name)
-        return cost.exact(self._gates.mask().cpu()) / _unit(name)
+        return self._exact(name, cost, self._gates.mask().cpu()) / _unit(name)
 
     def report(self) -> str:
         """One line per budget: how much of it is used, and why not more. Meant for people."""
         mask = self._gates.mask().cpu()
         lines = []
-        for limit in self._limits:
-            used = limit.cost.exact(mask)
+        for limit in {limit.name: limit for limit in reversed(self._limits)}.values():
+            used = self._exact(limit.name, limit.cost, mask)
             shown = f"{show(limit.name, used)} of {show(limit.name, limit.most)}"
             line = f"{limit.name}: {shown} ({used / limit.most:.2%} of the budget)"
             if self.selection is not None and used < 0.99 * limit.most:
@@ -240,7 +250,7 @@ class Budget:
     def __repr__(self) -> str:
         asked = ", ".join(
             f"{limit.name}={show(limit.name, limit.most)} of {show(limit.name, limit.cost.dense)}"
-            for limit in self._limits
+            for limit in {limit.name: limit for limit in reversed(self._limits)}.values()
         )
         return f"Budget({asked}; step {self.step_count} of {self.steps}, {self.phase})"
 
@@ -333,6 +343,9 @@ class Budget:
             raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(self._costs)}")
         return name, self._costs[name]
 
+    def _exact(self, name: str, cost: Polynomial, mask: Tensor) -> int:
+        return self._memory.peak(mask)[0] if name == "memory" and self._memory is not None else cost.exact(mask)
+
     def _scale(self) -> float:
         return max(self._gates.noise, NOISE_FLOOR)
 
@@ -404,11 +417,22 @@ class Budget:
         final = [(limit.cost, float(limit.most)) for limit in self._limits]
         found = project(ranks, final, self._scale(), self._widths, self._shift)
         self._shift = found.shift
-        self.selection = select(self._scores(found.logits), self._limits, self._widths)
+        scores = self._scores(found.logits)
+        self.selection = select(scores, self._limits, self._widths)
+        while self._memory is not None and self._add_point(self._memory, self.selection.mask):
+            self.selection = select(scores, self._limits, self._widths)
         with torch.no_grad():
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
         self._written = self.gated.logits.detach().cpu().clone()
         self.gated.mask = self.selection.mask
+
+    def _add_point(self, memory: MemoryModel, mask: Tensor) -> bool:
+        """Limits the point that has the mask's peak too, if it is above the budget; returns whether it is."""
+        most = next(limit.most for limit in self._limits if limit.name == "memory")
+        peak, point = memory.peak(mask)
+        if peak > most:
+            self._limits.append(Limit("memory", memory.cost(point), most))
+        return peak > most
 
     def _current_mask(self) -> Tensor:
         """The selection for the current target, by one threshold: what evaluation in the middle of a search sees."""
@@ -424,7 +448,7 @@ class Budget:
 
 
 def _unit(name: str) -> int:
-    return PICOSECONDS if name == "latency" else 1
+    return {"latency": PICOSECONDS, "memory": MEGABYTE}.get(name, 1)
 
 
 def _latency_table(gated: GatedModel, given: LatencyTable | str | Path | None) -> LatencyTable:

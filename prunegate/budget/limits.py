@@ -15,7 +15,7 @@ from prunegate.groups import Group
 from prunegate.polynomial import Polynomial
 from prunegate.select import Limit, Width, least_cost
 
-__all__ = ["PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
+__all__ = ["MEGABYTE", "PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
 
 _LEAST_ABSOLUTE = 1000
 _AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
@@ -25,13 +25,23 @@ _AUTO_CPU = {"AVX512": 16}  # 32-bit elements of one register; AVX2 and anything
 PICOSECONDS = 10**9
 """Latencies are counted in picoseconds, and asked for and shown in milliseconds."""
 
+MEGABYTE = 2**20
+"""Memory is counted in bytes, and asked for and shown in megabytes of this size."""
+
+
+_ABSOLUTE = {
+    "latency_ms": ("a number of milliseconds above 0", PICOSECONDS),
+    "memory_mb": ("a number of megabytes above 0", MEGABYTE),
+}
+_COST_OF = {"latency_ms": "latency", "memory_mb": "memory"}
+
 
 def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], widths: Sequence[Width]) -> list[Limit]:
     """Budgets as limits in units of the cost.
 
     Args:
-        asked: Value by name, of a cost (a share, or an absolute number of 1000 or more), or ``"latency_ms"`` (an
-            absolute number above 0); ``None`` means no budget.
+        asked: Value by name, of a cost (a share, or an absolute number of 1000 or more), or ``"latency_ms"`` or
+            ``"memory_mb"`` (an absolute number above 0); ``None`` means no budget.
         costs: The costs by name.
         widths: What each group may keep.
 
@@ -40,19 +50,19 @@ def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], width
     """
     given = {name: value for name, value in asked.items() if value is not None}
     if not given:
+        names = ", ".join(f"{name}=" for name in asked)
         raise BudgetError(
-            f"no budget was given; pass at least one of {', '.join(f'{name}=' for name in asked)}: a share of the "
-            f"dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more (latency_ms: milliseconds)"
+            f"no budget was given; pass at least one of {names}: a share of the dense cost in (0, 1], or an absolute "
+            f"number of {_LEAST_ABSOLUTE} or more (latency_ms: milliseconds, memory_mb: megabytes)"
         )
-    return [_limit(name, value, costs["latency" if name == "latency_ms" else name], widths)
-            for name, value in given.items()]  # fmt: skip
+    return [_limit(name, value, costs[_COST_OF.get(name, name)], widths) for name, value in given.items()]
 
 
 def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> Limit:
     in_time = name.startswith("latency")
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if name == "latency_ms":
-        expected, unit = "a number of milliseconds above 0", PICOSECONDS
+    if name in _ABSOLUTE:
+        expected, unit = _ABSOLUTE[name]
         absolute = number and value > 0
     else:
         expected, unit = f"a share of the dense cost in (0, 1], or an absolute number of {_LEAST_ABSOLUTE} or more", 1
@@ -64,19 +74,21 @@ def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> 
         f"reachable is {show(name, least)} to {show(name, cost.dense)}, or a share of "
         f"{_share_up(least, cost.dense)} to 1 of the dense model"
     )
-    share = number and name != "latency_ms" and 0 < value <= 1
+    share = number and name not in _ABSOLUTE and 0 < value <= 1
     if not number or not math.isfinite(value) or not (absolute or share):
         raise BudgetError(f"{name}={value!r} was given; expected {expected}; {reachable}")
     most = math.floor(value * unit) if absolute else math.floor(value * cost.dense)
     if not least <= most <= cost.dense:
         remedy = "lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less"
         raise BudgetError(f"{name}={value!r} is out of reach: that is {show(name, most)}, and {reachable}; {remedy}")
-    return Limit("latency" if in_time else name, cost, most)
+    return Limit(_COST_OF.get(name, name), cost, most)
 
 
 def show(name: str, value: float) -> str:
     """A cost for people to read."""
-    return f"{value / PICOSECONDS:.3f} ms" if name.startswith("latency") else f"{int(value):,}"
+    if name.startswith("latency"):
+        return f"{value / PICOSECONDS:.3f} ms"
+    return f"{value / MEGABYTE:.2f} MB" if name.startswith("memory") else f"{int(value):,}"
 
 
 def _share_up(part: int, whole: int) -> float:
