@@ -79,9 +79,11 @@ def jobs() -> list[Job]:
     """Forward and backward of each kind of rows, as the sampler launches them in float32."""
     found = []
     common: dict[str, int | bool] = {"POINTER": False, "FAST": True}
+    plain, reinmax = {"DRAWS": 0, "REINMAX": False}, {"DRAWS": 0, "REINMAX": True}
     gates = {**common, "QUARTER": ELEMENTS // 4}
     found.append(Job("gates forward", kernels.gates_forward, {**gates, "HARD": True}, ELEMENTS, 8, 4))
-    found.append(Job("gates backward", kernels.gates_backward, gates, ELEMENTS, 12, 4))
+    found.append(Job("gates backward", kernels.gates_backward, {**gates, **plain}, ELEMENTS, 12, 4))
+    found.append(Job("reinmax gates backward", kernels.gates_backward, {**gates, **reinmax}, ELEMENTS, 12, 4))
     for columns, ragged in [(4, False), (32, False), (1024, False), (4096, False), (50_257, False), (50, True)]:
         plan = plan_rows(columns, ragged)
         name = "ragged rows" if ragged else f"rows of {columns}"
@@ -95,6 +97,7 @@ def jobs() -> list[Job]:
             constants |= {"RAGGED": ragged}
             forward, backward, moved, real = kernels.row_forward, kernels.row_backward, 20, width
         found.append(Job(f"{name} forward", forward, {**constants, "HARD": True}, real, 8, plan.warps))
+        constants |= plain if plan.whole else {}
         found.append(Job(f"{name} backward", backward, constants, real, moved, plan.warps))
     for columns in (384, 4096):
         constants = {"CENTRE": True, "HAS_WEIGHT": True, "WIDTH": 1 << (columns - 1).bit_length()}

@@ -36,7 +36,7 @@ typedef struct {
     const int64_t *offsets;
     int64_t columns;
     float inverse_tau;
-    int binary;
+    int binary, draws, reinmax;
 } Work;
 
 typedef struct {
@@ -221,12 +221,17 @@ static int arity(const char *name, Py_ssize_t given, Py_ssize_t expected)
 
 static PyObject *sigmoid_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
 {
-    if (arity("sigmoid_forward", n, 9))
+    if (arity("sigmoid_forward", n, 10))
         return NULL;
     const Kernels *k = take_level(a[0]);
     Work w = {.key = take_key(a[5], a[6]), .logits = address(a[1]), .hard = address(a[2]), .soft = address(a[3])};
-    int64_t count = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[8]);
+    int64_t count = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[9]);
+    long draws = PyLong_AsLong(a[8]);
     w.inverse_tau = (float)PyFloat_AsDouble(a[7]);
+    w.draws = draws > 0 ? (int)draws : 0;
+    w.reinmax = draws < 0;
+    if (!PyErr_Occurred() && draws && !w.hard)
+        PyErr_SetString(PyExc_ValueError, "the slope of an estimator is that of hard gates; their address is 0");
     if (PyErr_Occurred())
         return NULL;
     run((Share){.plain = k->sigmoid_forward, .work = &w}, count, count, 64, threads);
@@ -301,7 +306,8 @@ static PyObject *level(PyObject *self, PyObject *unused) { return PyLong_FromLon
 static PyMethodDef methods[] = {
     {"level", level, METH_NOARGS, "Best instruction set here: 0 the compiler's default, 1 AVX2 and FMA, 2 AVX-512."},
     {"sigmoid_forward", (PyCFunction)(void (*)(void))sigmoid_forward, METH_FASTCALL,
-     "(level, logits, hard or 0, soft, count, seed, step, 1 / tau, threads): samples gates."},
+     "(level, logits, hard or 0, soft, count, seed, step, 1 / tau, draws, threads): samples gates. With draws, soft "
+     "gets d gate / d logit instead: the mean over conditional draws, or where negative, ReinMax's."},
     {"sigmoid_backward", (PyCFunction)(void (*)(void))sigmoid_backward, METH_FASTCALL,
      "(level, gradient, soft, out, count, 1 / tau, threads): gradient of the logits."},
     {"softmax_forward", (PyCFunction)(void (*)(void))softmax_forward, METH_FASTCALL,

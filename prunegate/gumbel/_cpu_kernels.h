@@ -183,6 +183,38 @@ INLINE VF ID(logistic)(VI word)
     return (VF)((VI)size ^ (~word & INT32_MIN));
 }
 
+/* Derivative of the logistic function at x / tau, over tau; even in x. */
+INLINE VF ID(slope)(VF x, float inverse_tau)
+{
+    VF e = ID(exp)((VF)((VI)(x * inverse_tau) | INT32_MIN));
+    VF upper = 1.0f / (1.0f + e);
+    return e * upper * upper * inverse_tau;
+}
+
+/* The slope of the relaxed gate, averaged over draws of its noise given which side of 0 the score is on. */
+INLINE VF ID(conditional_slope)(const Work *w, VF logit, VI is_open, VI word)
+{
+    VI upper = word < 0;
+    VF near = ID(near)(word), far = 1.0f - near;
+    VF log_near = ID(log)(near), log_far = ID(log)(far) + ((1.0f - far) - near);
+    /* Logarithms of the uniform number behind the noise, and of 1 less it. */
+    VF log_of = ID(where)(upper, log_far, log_near), log_rest = ID(where)(upper, log_near, log_far);
+    VF towards = (VF)((VI)logit ^ (~is_open & INT32_MIN)) + log_of;
+    VF softplus = VMAX(towards, (VF){0}) + ID(log)(1.0f + ID(exp)((VF)((VI)towards | INT32_MIN)));
+    return ID(slope)(softplus - log_rest, w->inverse_tau);
+}
+
+/* ReinMax: 2 a (1 - a) - p (1 - p) / 2 with a halfway from the gate to sigmoid(l / tau). */
+INLINE VF ID(reinmax_slope)(const Work *w, VF logit, VI is_open)
+{
+    VF x = logit * w->inverse_tau;
+    VF e = ID(exp)((VF)((VI)x | INT32_MIN));
+    VF upper = 1.0f / (1.0f + e);
+    /* Half the chance of the other state: 1 - a where the gate is open, a where it is closed. */
+    VF other = 0.5f * ID(where)((x >= 0.0f) ^ is_open, upper, e * upper);
+    return 2.0f * other * (1.0f - other) - 0.5f * ID(slope)(logit, 1.0f);
+}
+
 INLINE void ID(hard_and_soft)(VF score, VF inverse_tau, VF *hard, VF *soft)
 {
     VI nan = score != score;
@@ -193,6 +225,7 @@ INLINE void ID(hard_and_soft)(VF score, VF inverse_tau, VF *hard, VF *soft)
     *soft = (VF)((VI)ID(where)(x >= 0.0f, upper, e * upper) | nan);
 }
 
+/* Gates, and beside them what backward needs: the relaxed gates, or the slopes of an estimator. */
 static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
 {
     VF inverse_tau = ID(all)(w->inverse_tau);
@@ -210,14 +243,32 @@ static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
             to_soft = soft;
         }
         VI words[4];
+        VF slopes[4] = {{0}, {0}, {0}, {0}};
         ID(philox)(&w->key, (uint32_t)(at / 4), 1, 0, words);
         ID(transpose)(words);
         for (int k = 0; k < 4; k++) {
-            VF h, s, score = ID(load)(from + k * WIDTH) + ID(logistic)(words[k]);
+            VF h, s, logit = ID(load)(from + k * WIDTH);
+            VF score = logit + ID(logistic)(words[k]);
             ID(hard_and_soft)(score, inverse_tau, &h, &s);
+            if (w->reinmax)
+                s = (VF)((VI)ID(reinmax_slope)(w, logit, score > 0.0f) | (score != score));
             if (w->hard)
                 ID(store)(to_hard + k * WIDTH, h);
             ID(store)(to_soft + k * WIDTH, s);
+        }
+        for (int draw = 1; draw <= w->draws; draw++) {
+            Key key = w->key;
+            key.draw = (uint32_t)draw;
+            ID(philox)(&key, (uint32_t)(at / 4), 1, 0, words);
+            ID(transpose)(words);
+            for (int k = 0; k < 4; k++) {
+                VI is_open = ID(load)(to_hard + k * WIDTH) > 0.0f;
+                slopes[k] += ID(conditional_slope)(w, ID(load)(from + k * WIDTH), is_open, words[k]);
+            }
+        }
+        for (int k = 0; w->draws && k < 4; k++) {
+            VF h = ID(load)(to_hard + k * WIDTH);
+            ID(store)(to_soft + k * WIDTH, (VF)((VI)(slopes[k] * (1.0f / w->draws)) | (h != h)));
         }
         if (!whole) {
             if (w->hard)

@@ -42,6 +42,16 @@ class Options(NamedTuple):
         return self.estimator == "st" and self.rao_samples == 0
 
 
+def estimator_tau(options: Options) -> float | Tensor:
+    """Temperature that the gradient's estimator works at.
+
+    For ReinMax the draw's own temperature means nothing to hard values; the paper's is 1 unless asked for.
+    """
+    if options.estimator == "reinmax":
+        return 1.0 if options.tau_backward is None else options.tau_backward
+    return options.surrogate_tau
+
+
 def is_plain_eager(logits: Tensor) -> bool:
     """Whether ``logits`` is an ordinary tensor in ordinary eager code.
 

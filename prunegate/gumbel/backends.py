@@ -27,7 +27,7 @@ def backends() -> dict[str, str]:
     return {"reference": "available", "aten": "available", "cpu": cpu.availability(), "triton": triton.availability()}
 
 
-def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
+def choose(backend: str, logits: Tensor, options: Options, binary: bool) -> ModuleType:
     """The module that samples: the one asked for, or the fastest that can.
 
     Kernels give way to torch's own operations, also where they were asked for by name, when a compiler or a
@@ -38,8 +38,8 @@ def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
     """
     if backend == "auto":
         if logits.is_cuda:
-            return triton if triton.takes(logits, options) else aten
-        return cpu if cpu.takes(logits, options) else aten
+            return triton if triton.takes(logits, options, binary) else aten
+        return cpu if cpu.takes(logits, options, binary) else aten
     if backend == "reference":
         return reference
     if backend == "aten":
@@ -49,11 +49,11 @@ def choose(backend: str, logits: Tensor, options: Options) -> ModuleType:
             raise SamplerError(f"backend='cpu' samples tensors on the CPU, not on {logits.device}; leave it to 'auto'.")
         if not torch.compiler.is_compiling() and cpu.load()[0] is None:
             raise SamplerError(f"backend='cpu' is not available here: {cpu.availability()}.")
-        return cpu if cpu.takes(logits, options) else aten
+        return cpu if cpu.takes(logits, options, binary) else aten
     if backend == "triton":
         if not torch.compiler.is_compiling() and not triton.availability().startswith("available"):
             raise SamplerError(f"backend='triton' is not available here: {triton.availability()}.")
         if not (logits.is_cuda or triton.interpreting()):
             raise SamplerError(f"backend='triton' samples tensors on a GPU, not on {logits.device}.")
-        return triton if triton.takes(logits, options) else aten
+        return triton if triton.takes(logits, options, binary) else aten
     raise SamplerError(f"backend must be 'auto' or one of {', '.join(NAMES)}, not {backend!r}.")

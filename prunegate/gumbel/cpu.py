@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from prunegate.gumbel import reference
-from prunegate.gumbel.arguments import Options, impossible_rows, is_plain_eager, make_options
+from prunegate.gumbel.arguments import Options, estimator_tau, impossible_rows, is_plain_eager, make_options
 from prunegate.gumbel.philox import Philox, take_state
 
 _LEVELS = ("baseline", "AVX2 and FMA", "AVX-512")
@@ -45,7 +45,13 @@ def load() -> tuple[Extension | None, str]:
         return None, reason
     for level in range(module.level(), -1, -1):
         extension = Extension(module, level)
-        if _is_right(extension):
+        try:
+            right = _is_right(extension)
+        except (AttributeError, TypeError) as error:
+            # Built from another version of the source: its functions are others, or take other arguments.
+            logging.getLogger(__name__).debug("The CPU sampler is of another version: %s.", error)
+            right = False
+        if right:
             return extension, f"available, {_LEVELS[level]}"
         logging.getLogger(__name__).debug("The CPU sampler for %s fails its self-test.", _LEVELS[level])
     return None, "the C extension fails its self-test on this machine"
@@ -89,14 +95,17 @@ def availability() -> str:
     return load()[1]
 
 
-def takes(logits: Tensor, options: Options) -> bool:
-    """Whether these kernels can sample this; what they cannot, torch's own operations do."""
+def takes(logits: Tensor, options: Options, binary: bool) -> bool:
+    """Whether these kernels can sample this; what they cannot, torch's own operations do.
+
+    Gates have every estimator here, rows the straight-through one.
+    """
     return (
         logits.device.type == "cpu"
         and logits.dtype in (torch.float32, torch.float16, torch.bfloat16)
-        and options.plain
+        and (options.plain or (binary and options.hard))
         and (options.hard or options.tau_backward is None)
-        and not isinstance(options.surrogate_tau, Tensor)
+        and not isinstance(estimator_tau(options), Tensor)
         and is_plain_eager(logits)
         and load()[0] is not None
     )
@@ -121,7 +130,10 @@ def sample_softmax(
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
     """Draws noise and samples one gate a logit."""
-    return _Sigmoid.apply(logits, options, take_state(generator, logits.device))[0 if options.hard else 1]
+    state = take_state(generator, logits.device)
+    if not options.plain:
+        return _EstimatedSigmoid.apply(logits.contiguous(), options, state)
+    return _Sigmoid.apply(logits, options, state)[0 if options.hard else 1]
 
 
 class _Sigmoid(Function):
@@ -147,6 +159,29 @@ class _Sigmoid(Function):
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
             return torch.ops.aten.sigmoid_backward(gradient, soft) / ctx.tau, None, None
         return _sigmoid_backward(_extension(), gradient, soft, ctx.tau), None, None
+
+
+class _EstimatedSigmoid(Function):
+    """Hard gates whose gradient is that of an estimator; its slope is known when they are drawn, and is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> Tensor:
+        hard, slope = torch.empty_like(logits), torch.empty_like(logits)
+        draws = -1 if options.estimator == "reinmax" else options.rao_samples
+        _sigmoid_forward(_extension(), logits, hard, slope, state, float(estimator_tau(options)), draws)
+        ctx.save_for_backward(logits, slope)
+        ctx.options, ctx.state = options, state
+        return hard
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        logits, slope = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return gradient * slope, None, None
+        # Differentiated again: the oracle's formula on the same noise, which its counter makes again.
+        noises = [reference.philox_logistic(ctx.state, logits, draw) for draw in range(1 + ctx.options.rao_samples)]
+        hard = reference.sigmoid(logits, noises[0], ctx.options, noises[1:])
+        return torch.autograd.grad(hard, logits, gradient, create_graph=True)[0], None, None
 
 
 class _Softmax(Function):
@@ -194,13 +229,15 @@ def _total(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 def _sigmoid_forward(
-    extension: Extension, logits: Tensor, hard: Tensor | None, soft: Tensor, state: Tensor, tau: float
+    extension: Extension, logits: Tensor, hard: Tensor | None, soft: Tensor, state: Tensor, tau: float, draws: int = 0
 ) -> None:
     seed, step = state.tolist()
     module, level = extension
     out = 0 if hard is None else hard.data_ptr()
     threads = torch.get_num_threads()
-    module.sigmoid_forward(level, logits.data_ptr(), out, soft.data_ptr(), logits.numel(), seed, step, 1 / tau, threads)
+    module.sigmoid_forward(
+        level, logits.data_ptr(), out, soft.data_ptr(), logits.numel(), seed, step, 1 / tau, draws, threads
+    )
 
 
 def _sigmoid_backward(extension: Extension, gradient: Tensor, soft: Tensor, tau: float) -> Tensor:

@@ -56,21 +56,21 @@ def _logistic(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _line_of_words(state, row, first, QUARTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _line_of_words(state, row, first, draw, QUARTER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Random words of 4 * QUARTER columns of one row; ``first`` counts the columns before them by fours."""
     counter = first + tl.arange(0, QUARTER)
     zero = tl.zeros_like(counter)
-    a, b, c, d = tl.philox(tl.load(state), counter, zero + row, zero + tl.load(state + 1).to(tl.int32), zero)
+    a, b, c, d = tl.philox(tl.load(state), counter, zero + row, zero + tl.load(state + 1).to(tl.int32), zero + draw)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * QUARTER,))
 
 
 @triton.jit
-def _tile_of_words(state, row, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_of_words(state, row, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Random words of the first 4 * QUARTER columns of ROWS rows."""
     zero = tl.zeros((ROWS, QUARTER), tl.int32)
     counter = zero + tl.arange(0, QUARTER)[None, :]
     rows = zero + (row + tl.arange(0, ROWS))[:, None]
-    a, b, c, d = tl.philox(tl.load(state), counter, rows, zero + tl.load(state + 1).to(tl.int32), zero)
+    a, b, c, d = tl.philox(tl.load(state), counter, rows, zero + tl.load(state + 1).to(tl.int32), zero + draw)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, 4 * QUARTER))
 
 
@@ -95,12 +95,24 @@ def gates_forward(  # type: ignore[no-untyped-def]
     first = tl.program_id(0) * QUARTER
     at = tl.program_id(0).to(tl.int64) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
     score = tl.load(logits + at, mask=at < count, other=0.0).to(tl.float32)
-    score += _logistic(_line_of_words(state, 0, first, QUARTER), FAST)
+    score += _logistic(_line_of_words(state, 0, first, 0, QUARTER), FAST)
     if HARD:
         sample = tl.where(score > 0, 1.0, tl.where(score != score, score, 0.0))
     else:
         sample = tl.sigmoid(score / _temperature(tau, POINTER))
     tl.store(out + at, sample, mask=at < count)
+
+
+@triton.jit
+def _conditional_gate(logit, is_open, word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How far from 0 a gate's score is, drawn again given its side of 0."""
+    near = _near(word)
+    upper = (word >> 31) != 0
+    log_near, log_far = _log(near, FAST), _log(1.0 - near, FAST)
+    # Logarithms of the uniform number behind the noise, and of 1 less it.
+    log_of, log_rest = tl.where(upper, log_far, log_near), tl.where(upper, log_near, log_far)
+    towards = tl.where(is_open, logit, -logit) + log_of
+    return tl.maximum(towards, 0.0) + _log(1.0 + _exp(-tl.abs(towards)), FAST) - log_rest
 
 
 @triton.jit
@@ -111,18 +123,36 @@ def gates_backward(  # type: ignore[no-untyped-def]
     state,
     tau,
     count,
+    DRAWS: tl.constexpr,
+    REINMAX: tl.constexpr,
     POINTER: tl.constexpr,
     QUARTER: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Gradient of the logits of binary gates: that of the relaxed gates, whose noise is made again."""
+    """Gradient of the logits of binary gates, whose noise is made again.
+
+    That of the relaxed gates; or its mean over DRAWS conditional draws; or ReinMax's,
+    2 a (1 - a) - p (1 - p) / 2 with a halfway from the gate to sigmoid(l / tau).
+    """
     first = tl.program_id(0) * QUARTER
     at = tl.program_id(0).to(tl.int64) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
-    score = tl.load(logits + at, mask=at < count, other=0.0).to(tl.float32)
-    score += _logistic(_line_of_words(state, 0, first, QUARTER), FAST)
+    logit = tl.load(logits + at, mask=at < count, other=0.0).to(tl.float32)
+    score = logit + _logistic(_line_of_words(state, 0, first, 0, QUARTER), FAST)
     temperature = _temperature(tau, POINTER)
-    soft = tl.sigmoid(score / temperature)
-    slope = soft * (1.0 - soft) / temperature
+    if REINMAX:
+        probability, tempered = tl.sigmoid(logit), tl.sigmoid(logit / temperature)
+        other = 0.5 * tl.where(score > 0, 1.0 - tempered, tempered)
+        slope = 2.0 * other * (1.0 - other) - 0.5 * probability * (1.0 - probability)
+    elif DRAWS > 0:
+        slope = tl.zeros_like(score)
+        for draw in range(1, DRAWS + 1):
+            word = _line_of_words(state, 0, first, draw, QUARTER)
+            soft = tl.sigmoid(_conditional_gate(logit, score > 0, word, FAST) / temperature)
+            slope += soft * (1.0 - soft)
+        slope = slope / (DRAWS * temperature)
+    else:
+        soft = tl.sigmoid(score / temperature)
+        slope = soft * (1.0 - soft) / temperature
     tl.store(out + at, tl.load(gradient + at, mask=at < count, other=0.0).to(tl.float32) * slope, mask=at < count)
 
 
@@ -147,7 +177,7 @@ def tile_forward(  # type: ignore[no-untyped-def]
     inside = (line < rows) & (column < columns)
     at = line.to(tl.int64) * columns + column
     score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-    score -= _minus_gumbel(_tile_of_words(state, row, QUARTER, ROWS), FAST)
+    score -= _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)
     score = tl.where(column < columns, score, float("-inf"))
     best = tl.max(score, 1)[:, None]
     wrong = tl.max((score != score).to(tl.int32), 1)[:, None] > 0
@@ -163,6 +193,18 @@ def tile_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _softmax(score):  # type: ignore[no-untyped-def]
+    relaxed = _exp(score - tl.max(score, 1)[:, None])
+    return relaxed / tl.sum(relaxed, 1)[:, None]
+
+
+@triton.jit
+def _through(soft, incoming):  # type: ignore[no-untyped-def]
+    """A gradient through a softmax whose value is ``soft``."""
+    return soft * (incoming - tl.sum(soft * incoming, 1)[:, None])
+
+
+@triton.jit
 def tile_backward(  # type: ignore[no-untyped-def]
     gradient,
     logits,
@@ -171,26 +213,51 @@ def tile_backward(  # type: ignore[no-untyped-def]
     tau,
     rows,
     columns,
+    DRAWS: tl.constexpr,
+    REINMAX: tl.constexpr,
     POINTER: tl.constexpr,
     QUARTER: tl.constexpr,
     ROWS: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Gradient of the logits of rows that fit in a program."""
+    """Gradient of the logits of rows that fit in a program.
+
+    That of the relaxed rows; or its mean over DRAWS conditional draws; or ReinMax's, twice the gradient halfway from
+    the sample to softmax(l / tau), less half of that at softmax(l).
+    """
     row = tl.program_id(0) * ROWS
     column = tl.arange(0, 4 * QUARTER)[None, :]
     line = (row + tl.arange(0, ROWS))[:, None]
     inside = (line < rows) & (column < columns)
     at = line.to(tl.int64) * columns + column
-    score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-    score -= _minus_gumbel(_tile_of_words(state, row, QUARTER, ROWS), FAST)
-    score = tl.where(column < columns, score, float("-inf"))
-    temperature = _temperature(tau, POINTER)
-    relaxed = _exp((score - tl.max(score, 1)[:, None]) / temperature)
-    soft = relaxed / tl.sum(relaxed, 1)[:, None]
+    logit = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    logit = tl.where(column < columns, logit, float("-inf"))
+    score = logit - _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)
     incoming = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    dot = tl.sum(soft * incoming, 1)[:, None]
-    tl.store(out + at, soft * (incoming - dot) / temperature, mask=inside)
+    temperature = _temperature(tau, POINTER)
+    if REINMAX or DRAWS > 0:
+        best = tl.max(score, 1)[:, None]
+        first = tl.min(tl.where(score == best, column, 4 * QUARTER), 1)[:, None]
+        is_first = column == first
+    if REINMAX:
+        middle = 0.5 * (tl.where(is_first, 1.0, 0.0) + _softmax(logit / temperature))
+        result = 2.0 * _through(middle, incoming) - 0.5 * _through(_softmax(logit), incoming)
+    elif DRAWS > 0:
+        top = tl.max(logit, 1)[:, None]
+        log_probability = logit - top - _log(tl.sum(_exp(logit - top), 1)[:, None], FAST)
+        result = tl.zeros_like(score)
+        for draw in range(1, DRAWS + 1):
+            # Logarithms of exponential arrival times. The winner's is the first of all; the others come after it.
+            arrival = _minus_gumbel(_tile_of_words(state, row, draw, QUARTER, ROWS), FAST)
+            earliest = tl.sum(tl.where(is_first, arrival, 0.0), 1)[:, None]
+            wait = arrival - log_probability
+            later = tl.maximum(wait, earliest) + _log(1.0 + _exp(-tl.abs(wait - earliest)), FAST)
+            again = -tl.where(is_first, earliest, later)
+            result += _through(_softmax(again / temperature), incoming)
+        result = result / (DRAWS * temperature)
+    else:
+        result = _through(_softmax(score / temperature), incoming) / temperature
+    tl.store(out + at, result, mask=inside)
 
 
 @triton.jit
@@ -212,7 +279,7 @@ def _scores(logits, state, start, length, at, QUARTER: tl.constexpr, FAST: tl.co
     column = at + tl.arange(0, 4 * QUARTER)
     inside = column < length
     score = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32)
-    score -= _minus_gumbel(_line_of_words(state, tl.program_id(0), at // 4, QUARTER), FAST)
+    score -= _minus_gumbel(_line_of_words(state, tl.program_id(0), at // 4, 0, QUARTER), FAST)
     return column, inside, tl.where(inside, score, float("-inf"))
 
 

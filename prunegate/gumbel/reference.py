@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunegate.gumbel import philox
-from prunegate.gumbel.arguments import Options, refuse_impossible_rows
+from prunegate.gumbel.arguments import Options, estimator_tau, refuse_impossible_rows
 
 
 def straight_through(value: Tensor, surrogate: Tensor) -> Tensor:
@@ -62,16 +62,11 @@ def softmax(logits: Tensor, noise: Tensor, options: Options, dim: int, condition
 def reinmax_softmax(logits: Tensor, value: Tensor, options: Options, dim: int) -> Tensor:
     """What ReinMax differentiates (Liu et al., arXiv 2304.08612): Heun's second-order step instead of Euler's."""
     probability = torch.softmax(logits, dim)
-    tempered = torch.softmax(logits / _reinmax_tau(options), dim)
+    tempered = torch.softmax(logits / estimator_tau(options), dim)
     middle = ((value + tempered) / 2).detach()
     # A softmax whose value is `middle`, as a function of the logits around the present ones.
     around = torch.softmax(_moved(middle.log(), logits), dim)
     return 2 * around - probability / 2
-
-
-def _reinmax_tau(options: Options) -> float | Tensor:
-    # The draw's own temperature means nothing to hard values; the paper's is 1 unless asked for.
-    return 1.0 if options.tau_backward is None else options.tau_backward
 
 
 def _gumbel_given(value: Tensor, log_probability: Tensor, noise: Tensor, dim: int) -> Tensor:
@@ -114,7 +109,7 @@ def sigmoid(logits: Tensor, noise: Tensor, options: Options, conditional: Sequen
 def reinmax_sigmoid(logits: Tensor, value: Tensor, options: Options) -> Tensor:
     """The two-way case of :func:`reinmax_softmax`, on logits (l, 0)."""
     probability = torch.sigmoid(logits)
-    tempered = torch.sigmoid(logits / _reinmax_tau(options))
+    tempered = torch.sigmoid(logits / estimator_tau(options))
     middle = ((value + tempered) / 2).detach()
     around = torch.sigmoid(_moved(torch.logit(middle), logits))
     return 2 * around - probability / 2
@@ -176,11 +171,18 @@ def sample_softmax(
         noises = [philox_gumbel(state, logits, dim, offsets, draw) for draw in range(1 + options.rao_samples)]
     else:
         noises = [gumbel_noise(logits, generator) for _ in range(1 + options.rao_samples)]
+    return rows_softmax(logits, noises, options, dim, offsets)
+
+
+def rows_softmax(
+    logits: Tensor, noises: Sequence[Tensor], options: Options, dim: int, offsets: Tensor | None
+) -> Tensor:
+    """:func:`softmax` along ``dim``, or of each of the rows that ``offsets`` mark in flat logits."""
     if offsets is None:
         return softmax(logits, noises[0], options, dim, noises[1:])
     lengths = offsets.diff().tolist()
     rows = zip(logits.split(lengths), *(noise.split(lengths) for noise in noises), strict=True)
-    return torch.cat([softmax(row, noise, options, 0, more) for row, noise, *more in rows if len(row)] or [logits])
+    return torch.cat([softmax(row, noise, options, 0, more) for row, noise, *more in rows if len(row)])
 
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | philox.Philox | None) -> Tensor:

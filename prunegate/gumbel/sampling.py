@@ -71,7 +71,7 @@ def gumbel_softmax(
     check_logits(logits, dim)
     options = make_options(tau, tau_backward, hard, estimator, rao_samples)
     offsets = None if segments is None else make_offsets(segments, logits)
-    module = choose(backend, logits, options)
+    module = choose(backend, logits, options, False)
     if logits.numel() == 0:
         return logits.clone()
     if logits.dtype in _HALVES and module is not triton:
@@ -122,7 +122,7 @@ def gumbel_sigmoid(
     options = make_options(tau, tau_backward, hard, estimator, rao_samples)
     if segments is not None:
         make_offsets(segments, logits)
-    module = choose(backend, logits, options)
+    module = choose(backend, logits, options, True)
     if logits.numel() == 0:
         return logits.clone()
     if logits.dtype in _HALVES and module is not triton:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from prunegate.gumbel import reference
-from prunegate.gumbel.arguments import Options, is_plain_eager, refuse_impossible_rows
+from prunegate.gumbel import aten, reference
+from prunegate.gumbel.arguments import Options, estimator_tau, is_plain_eager, refuse_impossible_rows
 from prunegate.gumbel.philox import Philox, take_state
 
 # Rows of up to this many columns are held whole in the registers of a program; longer ones are looped over.
@@ -63,13 +64,13 @@ def availability() -> str:
     return f"available, {torch.cuda.get_device_name()}"
 
 
-def takes(logits: Tensor, options: Options) -> bool:
+def takes(logits: Tensor, options: Options, binary: bool) -> bool:
     """Whether these kernels can sample this; what they cannot, torch's own operations do."""
-    tau = options.surrogate_tau
+    tau = estimator_tau(options)
     return (
         (logits.is_cuda or interpreting())
         and logits.dtype in DTYPES
-        and options.plain
+        and (options.plain or options.hard)
         and (options.hard or options.tau_backward is None)
         and not (isinstance(tau, Tensor) and tau.requires_grad)
         and is_plain_eager(logits)
@@ -85,18 +86,22 @@ def sample_softmax(
     generator: torch.Generator | Philox | None,
 ) -> Tensor:
     """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
+    columns = logits.shape[dim] if logits.dim() else 1
+    if not (options.plain or plan_rows(columns, offsets is not None).whole):
+        # In a loop over columns, other estimators would need as many passes more; torch's operations serve as well.
+        return aten.sample_softmax(logits.float(), options, dim, offsets, generator).to(logits.dtype)
     refuse_impossible_rows(logits, dim, offsets)
     state = take_state(generator, logits.device)
     if offsets is not None:
-        return _Softmax.apply(logits, options, offsets, state)
+        return _Softmax.apply(logits.contiguous(), options, offsets, state)
     moved = logits.reshape(1) if logits.dim() == 0 else logits.movedim(dim, -1)
-    sample = _Softmax.apply(moved.reshape(-1, moved.shape[-1]), options, None, state).reshape(moved.shape)
+    sample = _Softmax.apply(moved.reshape(-1, moved.shape[-1]).contiguous(), options, None, state).reshape(moved.shape)
     return sample.reshape(()) if logits.dim() == 0 else sample.movedim(-1, dim).contiguous()
 
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
     """Draws noise and samples one gate a logit."""
-    return _Sigmoid.apply(logits, options, take_state(generator, logits.device))
+    return _Sigmoid.apply(logits.contiguous(), options, take_state(generator, logits.device))
 
 
 def _kernels() -> ModuleType:
@@ -106,7 +111,7 @@ def _kernels() -> ModuleType:
 
 def _tau(options: Options) -> tuple[float | Tensor, bool]:
     # A temperature on the device is read there; looking at it here would make the host wait.
-    tau = options.surrogate_tau
+    tau = estimator_tau(options)
     if isinstance(tau, Tensor) and tau.device.type == "cpu" and not interpreting():
         return float(tau), False
     return (tau, True) if isinstance(tau, Tensor) else (float(tau), False)
@@ -115,7 +120,6 @@ def _tau(options: Options) -> tuple[float | Tensor, bool]:
 class _Sigmoid(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> Tensor:
-        logits = logits.contiguous()
         ctx.save_for_backward(logits, state)
         ctx.options = options
         out = torch.empty_like(logits)
@@ -130,12 +134,14 @@ class _Sigmoid(Function):
         logits, state = ctx.saved_tensors
         tau, pointer = _tau(ctx.options)
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
-            soft = torch.sigmoid((logits + reference.philox_logistic(state, logits)) / tau)
-            return gradient * soft * (1 - soft) / tau, None, None
+            noises = [reference.philox_logistic(state, logits, draw) for draw in range(1 + ctx.options.rao_samples)]
+            return _oracle_gradient(
+                lambda x: reference.sigmoid(x, noises[0], ctx.options, noises[1:]), logits, gradient
+            )
         gradient = gradient.contiguous()
         out = torch.empty_like(logits)
         grid = (-(-logits.numel() // ELEMENTS),)
-        flags = {"POINTER": pointer, "QUARTER": ELEMENTS // 4, "FAST": not interpreting()}
+        flags = {"POINTER": pointer, "QUARTER": ELEMENTS // 4, "FAST": not interpreting(), **_estimator(ctx.options)}
         _kernels().gates_backward[grid](gradient, logits, out, state, tau, logits.numel(), **flags)
         return out, None, None
 
@@ -143,7 +149,6 @@ class _Sigmoid(Function):
 class _Softmax(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor) -> Tensor:
-        logits = logits.contiguous()
         ctx.save_for_backward(logits, state)
         ctx.options, ctx.offsets = options, offsets
         out = torch.empty_like(logits)
@@ -154,14 +159,18 @@ class _Softmax(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, state = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
-            return _differentiable_backward(gradient, logits, ctx.options, ctx.offsets, state), None, None, None
+            count, offsets = 1 + ctx.options.rao_samples, ctx.offsets
+            noises = [reference.philox_gumbel(state, logits, -1, offsets, draw) for draw in range(count)]
+            return (*_oracle_gradient(
+                lambda x: reference.rows_softmax(x, noises, ctx.options, -1, offsets), logits, gradient
+            ), None)  # fmt: skip
         out = torch.empty_like(logits)
         _launch("backward", [gradient.contiguous(), logits, out], ctx.options, ctx.offsets, state)
         return out, None, None, None
 
 
 def _launch(
-    direction: str, tensors: list[Tensor], options: Options, offsets: Tensor | None, state: Tensor, **flags: bool
+    direction: str, tensors: list[Tensor], options: Options, offsets: Tensor | None, state: Tensor, **flags: int | bool
 ) -> None:
     logits = tensors[-2]
     columns = logits.shape[-1]
@@ -170,6 +179,8 @@ def _launch(
     flags["FAST"] = not interpreting()
     kernels = _kernels()
     if plan.whole:
+        if direction == "backward":
+            flags |= _estimator(options)
         kernel = kernels.tile_forward if direction == "forward" else kernels.tile_backward
         grid = (-(-logits.shape[0] // plan.rows),)
         kernel[grid](
@@ -186,18 +197,14 @@ def _launch(
         )  # fmt: skip
 
 
-def _differentiable_backward(
-    gradient: Tensor, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor
-) -> Tensor:
+def _estimator(options: Options) -> dict[str, int | bool]:
+    return {"DRAWS": options.rao_samples, "REINMAX": options.estimator == "reinmax"}
+
+
+def _oracle_gradient(sample: Callable[[Tensor], Tensor], logits: Tensor, gradient: Tensor) -> tuple[Tensor, None, None]:
     """The gradient in torch's operations on the same noise, for second derivatives and batched gradients."""
-    scores = (logits + reference.philox_gumbel(state, logits, -1, offsets)) / options.surrogate_tau
-    if offsets is None:
-        rows, incoming = [scores], [gradient]
-    else:
-        lengths = offsets.diff().tolist()
-        rows, incoming = list(scores.split(lengths)), list(gradient.split(lengths))
-    parts = []
-    for row, weight in zip(rows, incoming, strict=True):
-        product = weight * torch.softmax(row, -1)
-        parts.append(product - torch.softmax(row, -1) * product.sum(-1, keepdim=True))
-    return torch.cat(parts) / options.surrogate_tau
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        source = logits if logits.requires_grad else logits.detach().requires_grad_()
+        found = torch.autograd.grad(sample(source), source, gradient, create_graph=again)[0]
+    return found, None, None

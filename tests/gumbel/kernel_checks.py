@@ -61,6 +61,35 @@ def test_gates_equal_the_oracle(count: int, hard: bool) -> None:
         agree(*both(gumbel_sigmoid, logits, weight, tau, hard))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"rao_samples": 3},
+        {"rao_samples": 2, "tau_backward": 0.4},
+        {"estimator": "reinmax"},
+        {"estimator": "reinmax", "tau_backward": 1.7},
+        {"tau_backward": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(9, 3), (3, 100), (1, 5000)], ids=str)
+def test_estimators_equal_the_oracle(kind: dict[str, object], shape: tuple[int, int]) -> None:
+    logits, weight = random(*shape).requires_grad_(), random(*shape)
+    agree(*both(gumbel_softmax, logits, weight, 0.7, True, **kind))
+    agree(*both(gumbel_sigmoid, logits, weight, 0.7, True, **kind))
+
+
+@pytest.mark.parametrize("kind", [{"rao_samples": 3}, {"estimator": "reinmax"}], ids=str)
+def test_estimators_stay_finite_at_the_edges(kind: dict[str, object]) -> None:
+    rows = random(40, 20) * 1e4
+    rows[:, ::3] = -math.inf
+    for sampler in (gumbel_softmax, gumbel_sigmoid):
+        logits = rows.clone().requires_grad_()
+        sample = sampler(logits, 0.5, True, backend="triton", **kind)
+        (gradient,) = torch.autograd.grad(sample, logits, torch.ones_like(sample).cumsum(-1))
+        assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_ragged_rows_equal_the_oracle(hard: bool) -> None:
     logits, weight = random(3000).requires_grad_(), random(3000)
@@ -141,11 +170,12 @@ def test_frequencies(columns: int) -> None:
 
 @pytest.mark.parametrize("sampler", [gumbel_softmax, gumbel_sigmoid])
 @pytest.mark.parametrize("segments", [None, [0, 10, 11, 60]], ids=["rows", "ragged"])
-def test_second_derivatives(sampler, segments: list[int] | None) -> None:
+@pytest.mark.parametrize("kind", [{}, {"rao_samples": 2}], ids=str)
+def test_second_derivatives(sampler, segments: list[int] | None, kind: dict[str, int]) -> None:
     logits, weight, probe = random(60).requires_grad_(), random(60), random(60)
     derivatives = []
     for name in ("triton", "reference"):
-        sample = sampler(logits, 0.8, True, segments=segments, generator=Philox(2, 0, DEVICE), backend=name)
+        sample = sampler(logits, 0.8, True, segments=segments, generator=Philox(2, 0, DEVICE), backend=name, **kind)
         (first,) = torch.autograd.grad((sample * weight).sum(), logits, create_graph=True)
         derivatives.append([first.detach(), *torch.autograd.grad((first * probe).sum(), logits)])
     assert_close(*derivatives, atol=1e-5, rtol=1e-4)
@@ -170,7 +200,8 @@ def test_any_dimension_and_seed() -> None:
 def test_a_transform_is_given_plain_operations() -> None:
     draw = torch.func.vmap(lambda x: gumbel_softmax(x, hard=True, backend="triton"), randomness="different")
     assert (draw(random(3, 4, 5)).sum(-1) == 1).all()
-    assert not triton.takes(random(3), make_options(1.0, None, True, "reinmax", 0))
+    learned = torch.ones((), device=DEVICE, requires_grad=True)
+    assert not triton.takes(random(3), make_options(learned, None, True, "st", 0), True)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

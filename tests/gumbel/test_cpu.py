@@ -85,6 +85,35 @@ def test_gates_equal_the_oracle_given_the_noise(
     assert_close(found.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("draws", [1, 5, -1])
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+def test_slopes_of_estimators_equal_the_oracle(
+    extension: cpu.Extension, state: torch.Tensor, draws: int, tau: float
+) -> None:
+    logits = torch.cat([torch.randn(130), torch.tensor([-1e4, -40.0, 40.0, 1e4, torch.inf, -torch.inf])])
+    hard, slope = torch.empty_like(logits), torch.empty_like(logits)
+    cpu._sigmoid_forward(extension, logits, hard, slope, state, tau, draws)
+    estimator = ("reinmax", 0) if draws < 0 else ("st", draws)
+    options = make_options(1.0, tau, True, *estimator)
+    exact = logits.double().requires_grad_()
+    noises = [reference.philox_logistic(state, exact.detach(), draw) for draw in range(1 + max(draws, 0))]
+    sample = reference.sigmoid(exact, noises[0], options, noises[1:])
+    assert hard.double().equal(sample.detach())
+    (expected,) = torch.autograd.grad(sample, exact, torch.ones_like(sample))
+    assert_close(slope.double(), expected, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [{"rao_samples": 3}, {"estimator": "reinmax"}], ids=str)
+def test_estimated_gates_have_second_derivatives(kind: dict[str, object]) -> None:
+    logits, weight, probe = torch.randn(7, 9).T.requires_grad_(), torch.randn(9, 7), torch.randn(9, 7)
+    derivatives = []
+    for name in ("cpu", "reference"):
+        sample = gumbel_sigmoid(logits, 0.8, True, generator=Philox(2), backend=name, **kind)
+        (first,) = torch.autograd.grad(sample, logits, weight, create_graph=True)
+        derivatives.append([first.detach(), *torch.autograd.grad(first, logits, probe)])
+    assert_close(*derivatives, atol=1e-6, rtol=1e-5)
+
+
 def test_every_instruction_set_masks_ties_and_refuses_alike(extension: cpu.Extension, state: torch.Tensor) -> None:
     for columns in (7, 200):
         logits = torch.full((20, columns), 2.0**30)
@@ -146,13 +175,19 @@ def test_denormal_numbers_still_exist() -> None:
     assert (torch.tensor([1e-38]) * 0.01).item() > 0
 
 
-def test_a_wrong_extension_steps_aside(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fault", ["gradient", "version"])
+def test_a_wrong_extension_steps_aside(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     extension = cpu.load()[0]
     assert extension is not None
     real = extension.module
     wrong = types.SimpleNamespace(**{name: getattr(real, name) for name in dir(real) if not name.startswith("_")})
-    # Frequencies would be right, gradients would not.
-    wrong.softmax_backward = lambda *a: real.softmax_backward(*a[:7], 1.02 * a[7], a[8])
+    if fault == "gradient":
+        # Frequencies would be right, gradients would not.
+        wrong.softmax_backward = lambda *a: real.softmax_backward(*a[:7], 1.02 * a[7], a[8])
+    else:
+        del wrong.sigmoid_backward
     monkeypatch.setattr(cpu.importlib, "import_module", lambda name: wrong)
     cpu.load.cache_clear()
     try:
