@@ -159,7 +159,11 @@ def _encode(value: Any, target: str) -> Any:
     if isinstance(value, type) and issubclass(value, nn.Module):
         return {"layer": _name_of(value)}
     if hasattr(value, "to_dict") and type(value).__module__.startswith("transformers."):
-        return {"config": f"{type(value).__module__}:{type(value).__qualname__}", "values": value.to_json_string(False)}
+        return {
+            "config": f"{type(value).__module__}:{type(value).__qualname__}",
+            "values": value.to_json_string(False),
+            "attention": getattr(value, "_attn_implementation", None),  # which its own JSON leaves out
+        }
     raise CheckpointError(
         f"the argument {value!r} of {target} cannot be written to a file; expected numbers, strings, sequences, "
         "dictionaries, layer classes or partials of them"
@@ -308,8 +312,11 @@ class _Decoder:
                 target, args, kwargs = _parts(entry)
                 given = [self.value(item) for item in args]
                 return functools.partial(self.layer(target), *given, **{k: self.value(v) for k, v in kwargs.items()})
-            case {"config": str(name), "values": str(text), **rest} if not rest:
-                return self.config(name, text)
+            case {"config": str(name), "values": str(text), "attention": attention, **rest} if not rest:
+                # A name with a slash would be fetched from a hub.
+                if attention is not None and not (isinstance(attention, str) and attention.isidentifier()):
+                    raise CheckpointError(f"the file names {str(attention)[:80]!r} as an implementation of attention")
+                return self.config(name, text, attention)
         raise CheckpointError(f"the file's constructor is given an unknown kind of value: {sorted(value)[:4]}")
 
     def layer(self, name: str) -> Any:
@@ -322,7 +329,7 @@ class _Decoder:
                 return value
         raise CheckpointError(f"the file names {name[:120]!r} as a layer, which is not one of torch.nn or timm")
 
-    def config(self, name: str, text: str) -> Any:
+    def config(self, name: str, text: str, attention: str | None) -> Any:
         """A configuration object of transformers."""
         module, _, qualified = name.partition(":")
         base = importlib.import_module("transformers").PretrainedConfig if module.startswith("transformers.") else None
@@ -335,7 +342,7 @@ class _Decoder:
             raise CheckpointError(f"the file's configuration is not JSON: {error}") from None
         self.bounded(values)
         build_config: Any = kind
-        return build_config.from_dict(values)
+        return build_config.from_dict(values, attn_implementation=attention)
 
     def bounded(self, values: Any) -> None:
         """Sees that no integer in nested values is absurd."""

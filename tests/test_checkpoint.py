@@ -417,3 +417,28 @@ def test_other_version_of_the_source_is_named(file: Path) -> None:
     forge(file, set_plan(lambda plan: plan["calls"].append({"module": "", "path": [gone], "changes": []})))
     forge(file, lambda tensors, document: document["pretrained_cfg"].update(input_size=None))
     refused(file, "timm 0.1 then")
+
+
+def test_transformers_keep_their_configuration(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is installed for the whole suite only")
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        num_labels=5, attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).eval()
+    x = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = random_mask(gated, 0)
+    slim = gated.export().eval()
+    path = tmp_path / "a.safetensors"
+    prunegate.save(slim, path)
+    twin = prunegate.load(path)
+    assert twin.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(twin(**x).logits, slim(**x).logits)
+
+    def fetch(tensors: dict, document: dict) -> None:
+        document["builder"]["args"][0]["attention"] = "somebody/kernel"
+
+    forge(path, fetch)
+    refused(path, "implementation of attention")

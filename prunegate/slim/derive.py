@@ -355,6 +355,8 @@ class _Place:
 
     def scales(self) -> bool:
         """Whether the number is computed, so that it may hold a batch size or a resolution besides what is cut."""
+        if self.entry is not None:  # one expression gives a whole sequence
+            return False
         expression = self.expression
         if isinstance(expression, ast.Name):
             values = _assignments(self.located.source, expression.id)
