@@ -104,6 +104,19 @@ def test_two_budgets_hold_at_once() -> None:
     assert shares[0] > 0.495 or shares[1] > 0.396
 
 
+def test_the_report_says_what_binds() -> None:
+    gated = fresh("mobilenetv2_100")
+    randomise(gated, 6, seed=1)
+    budget = Budget(gated, flops=0.3, params=0.9, steps=50)
+    budget.finish()
+    flops, params, score = budget.report().splitlines()
+    most = math.floor(0.3 * gated.cost.flops())
+    assert flops.startswith(f"flops: {gated.cost.flops(gated.mask):,} of {most:,} (")
+    assert "exceed" not in flops
+    assert params.endswith("another budget binds")
+    assert "bound" in score
+
+
 def test_absolute_budgets_are_counted_on_the_exported_model() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 3, 32, 32)
@@ -574,6 +587,22 @@ def test_schedules_are_complete(steps: int) -> None:
 # ---------------------------------------------------------------------- several ranks
 
 
+def _train_replicas(rank: int, folder: str) -> None:
+    gated = mlp(seed=rank)
+    budget = Budget(gated, params=0.5, steps=20)
+    replicas = nn.parallel.DistributedDataParallel(gated)
+    optimizer = torch.optim.AdamW(replicas.parameters(), lr=1e-2)
+    replicas.train()
+    torch.manual_seed(rank)
+    for _ in range(20):
+        loss = replicas(torch.randn(8, 32)).square().mean() + budget.loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        budget.step()
+    torch.save({"mask": gated.mask, **gated.state_dict()}, f"{folder}/replica{rank}.pt")
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     gated = mlp(seed=rank)
@@ -584,6 +613,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
             give_gradient(gated, torch.randn(gated.logits.numel(), generator=generator))
         budget.step()
     torch.save(gated.logits.detach(), f"{folder}/{rank}.pt")
+    _train_replicas(rank, folder)
     torch.distributed.destroy_process_group()
 
 
@@ -591,6 +621,8 @@ def test_ranks_move_together_by_the_mean_gradient(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert torch.equal(*found)
+    replicas = [torch.load(tmp_path / f"replica{rank}.pt") for rank in range(2)]
+    assert all(torch.equal(value, replicas[1][key]) for key, value in replicas[0].items())
     alone = mlp(seed=0)
     budget = Budget(alone, params=0.5, steps=30)
     for i in range(24):

@@ -235,13 +235,18 @@ class Budget:
     def report(self) -> str:
         """One line per budget: how much of it is used, and why not more. Meant for people."""
         mask = self._gates.mask().cpu()
+        used = {limit.name: self._exact(limit.name, limit.cost, mask) for limit in self._named_limits()}
+        filled = any(used[limit.name] >= 0.99 * limit.most for limit in self._limits)
         lines = []
-        for limit in {limit.name: limit for limit in reversed(self._limits)}.values():
-            used = self._exact(limit.name, limit.cost, mask)
-            shown = f"{show(limit.name, used)} of {show(limit.name, limit.most)}"
-            line = f"{limit.name}: {shown} ({used / limit.most:.2%} of the budget)"
-            if self.selection is not None and used < 0.99 * limit.most:
-                line += "; one step more of any group would exceed a budget" if self.selection.full else ""
+        for limit in self._named_limits():
+            share = used[limit.name] / limit.most
+            shown = f"{show(limit.name, used[limit.name])} of {show(limit.name, limit.most)}"
+            line = f"{limit.name}: {shown} ({share:.2%} of the budget)"
+            if self.selection is not None and share < 0.99:
+                if filled:
+                    line += "; another budget binds"
+                elif self.selection.full:
+                    line += "; one step more of any group would exceed a budget"
             lines.append(line)
         if self.selection is not None:
             lines.append(f"score within {self.selection.gap:.3%} of the relaxation's bound")
@@ -250,7 +255,7 @@ class Budget:
     def __repr__(self) -> str:
         asked = ", ".join(
             f"{limit.name}={show(limit.name, limit.most)} of {show(limit.name, limit.cost.dense)}"
-            for limit in {limit.name: limit for limit in reversed(self._limits)}.values()
+            for limit in self._named_limits()
         )
         return f"Budget({asked}; step {self.step_count} of {self.steps}, {self.phase})"
 
@@ -342,6 +347,13 @@ class Budget:
         if name not in self._costs:
             raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(self._costs)}")
         return name, self._costs[name]
+
+    def _named_limits(self) -> list[Limit]:
+        """The first limit of each name: a budget on memory has one for every point where much is held."""
+        first: dict[str, Limit] = {}
+        for limit in self._limits:
+            first.setdefault(limit.name, limit)
+        return list(first.values())
 
     def _exact(self, name: str, cost: Polynomial, mask: Tensor) -> int:
         return self._memory.peak(mask)[0] if name == "memory" and self._memory is not None else cost.exact(mask)
