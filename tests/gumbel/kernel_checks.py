@@ -235,9 +235,12 @@ def test_masked_norms_equal_the_oracle(
     bias = random(columns).requires_grad_() if affine and centre else None
     gradient = random(*shape)
     inputs = [tensor for tensor in (x, keep, weight, bias) if tensor is not None]
-    ours = norms.masked_layer_norm(x, keep, weight, bias) if centre else norms.masked_rms_norm(x, keep, weight)
+    # Large enough that a mistake in its place shows.
+    eps = 0.3
+    ours = (
+        norms.masked_layer_norm(x, keep, weight, bias, eps) if centre else norms.masked_rms_norm(x, keep, weight, eps)
+    )
     assert "MaskedNorm" in str(ours.grad_fn.next_functions[0][0])
-    eps = 1e-5 if centre else torch.finfo(torch.float32).eps
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in (x, keep, weight, bias)]
     theirs = norms.plain_norm(*wide, eps, centre)
     assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)
