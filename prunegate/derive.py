@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunegate.groups import GateMap
 from prunegate.labels.record import Node
+from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
 from prunegate.slim.derive import derive_plan
@@ -38,4 +39,9 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
 
     tensors = {key: stays[gates] for key, gates in gate_map.dims.items()}
     inputs = fit_inputs(example_input, trace.model)
-    return derive_plan(trace.model, trace.calls, kept, tensors, lambda slim: call_model(slim, inputs), inputs)
+
+    def run(slim: nn.Module) -> None:
+        with ShapesOnly():  # a plan depends on sizes alone
+            call_model(slim, inputs)
+
+    return derive_plan(trace.model, trace.calls, kept, tensors, run, inputs)

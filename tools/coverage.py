@@ -227,26 +227,26 @@ def work(task: tuple[str, str, str]) -> Row:
     if source == "timm":
         name = name or smallest_of_family(family)
         return examine(family, name, lambda: build_timm(name))
-    builders = importers()[source]
-    return examine(family, name, builders[name])
+    return examine(family, name, builders_of(source)[name])
 
 
-def importers() -> dict[str, dict[str, Callable[[], tuple[nn.Module, Any]]]]:
-    """Builders of models that are not timm's, by source and name."""
-    return {"torchvision": torchvision_builders()}
+Builders = dict[str, Callable[[], tuple[nn.Module, Any]]]
 
 
-def torchvision_builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
+def builders_of(source: str) -> Builders:
+    """Builders of models that are not timm's, by name."""
+    return {"torchvision": torchvision_builders, "transformers": transformers_builders}[source]()
+
+
+def torchvision_builders() -> Builders:
     """The smallest classification model of each torchvision module, and its dense prediction models."""
     import torchvision
 
     models = torchvision.models
     smallest: dict[str, tuple[int, str]] = {}
     for name in models.list_models(module=models):
-        builder = models.get_model_builder(name)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in builder(weights=None).parameters())
-        module = builder.__module__
+        module = models.get_model_builder(name).__module__
+        count = models.get_model_weights(name).DEFAULT.meta["num_params"]
         if module not in smallest or count < smallest[module][0]:
             smallest[module] = (count, name)
 
@@ -269,6 +269,60 @@ def torchvision_builders() -> dict[str, Callable[[], tuple[nn.Module, Any]]]:
     for name in ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"):
         builders[name] = dense(name)
     return builders
+
+
+def transformers_builders() -> Builders:
+    """Tiny configurations with random weights; vision models take pixels, language models tokens."""
+    import transformers
+
+    def vision(model: str, config: str, size: int = 32, **arguments: Any) -> Callable[[], tuple[nn.Module, Any]]:
+        def build() -> tuple[nn.Module, Any]:
+            torch.manual_seed(0)
+            settings = getattr(transformers, config)(**arguments)
+            return Tuple(getattr(transformers, model)(settings)), torch.randn(1, 3, size, size, dtype=torch.float64)
+
+        return build
+
+    def language(model: str, config: str, **arguments: Any) -> Callable[[], tuple[nn.Module, Any]]:
+        def build() -> tuple[nn.Module, Any]:
+            torch.manual_seed(0)
+            settings = getattr(transformers, config)(vocab_size=50, **arguments)
+            return Tuple(getattr(transformers, model)(settings)), torch.randint(0, 50, (1, 7))
+
+        return build
+
+    vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32)
+    swin = dict(image_size=32, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4)
+    text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    return {
+        "vit": vision("ViTForImageClassification", "ViTConfig", patch_size=8, **vit),
+        "deit": vision("DeiTForImageClassification", "DeiTConfig", patch_size=8, **vit),
+        "beit": vision("BeitForImageClassification", "BeitConfig", patch_size=8, **vit),
+        "dinov2": vision("Dinov2ForImageClassification", "Dinov2Config", patch_size=8, **vit),
+        "swin": vision("SwinForImageClassification", "SwinConfig", **swin),
+        "swinv2": vision("Swinv2ForImageClassification", "Swinv2Config", **swin),
+        "convnext": vision("ConvNextForImageClassification", "ConvNextConfig", hidden_sizes=[8, 16, 24, 32],
+                           depths=[1, 1, 2, 1]),
+        "segformer": vision("SegformerForImageClassification", "SegformerConfig", hidden_sizes=[8, 16, 32, 64]),
+        "mobilevit": vision("MobileViTForImageClassification", "MobileViTConfig", 64, image_size=64),
+        "bert": language("BertForSequenceClassification", "BertConfig", **text),
+        "distilbert": language("DistilBertForSequenceClassification", "DistilBertConfig", dim=32, n_layers=2,
+                               n_heads=4, hidden_dim=48),
+        "llama": language("LlamaForSequenceClassification", "LlamaConfig", num_key_value_heads=2, pad_token_id=0, **text),
+        "qwen2": language("Qwen2ForSequenceClassification", "Qwen2Config", num_key_value_heads=2, pad_token_id=0, **text),
+    }  # fmt: skip
+
+
+class Tuple(nn.Module):
+    """Runs a transformers model and gives its outputs as a tuple, of tensors only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Pixels or tokens to logits."""
+        return (self.model(x).logits,)
 
 
 # ---------------------------------------------------------------------- report
@@ -307,15 +361,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", metavar="all|families|PATTERN", help="which timm models")
     parser.add_argument("--torchvision", action="store_true", help="torchvision's classification and dense models")
+    parser.add_argument("--transformers", action="store_true", help="tiny transformers models (needs transformers)")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for coverage.json and coverage.md")
     args = parser.parse_args()
     tasks = [("timm", family, name) for family, name in (timm_rows(args.timm) if args.timm else ())]
-    for source in ("torchvision",):
+    for source in ("torchvision", "transformers"):
         if getattr(args, source):
-            tasks += [(source, source, name) for name in importers()[source]]
+            tasks += [(source, source, name) for name in builders_of(source)]
     if not tasks:
-        parser.error("nothing to do: give --timm families, --timm PATTERN or --torchvision")
+        parser.error("nothing to do: give --timm families, --timm PATTERN, --torchvision or --transformers")
 
     console, rows = Console(), []
     # Workers are replaced now and then: a process that has built many models does not give its memory back.

@@ -386,7 +386,8 @@ def _add_bias(algebra: Algebra, op: Op, bias: Node, planes: list[Tensor]) -> Non
       "scaled_dot_product_efficient_attention", "scaled_dot_product_attention_math",
       "scaled_dot_product_fused_attention_overrideable", "scaled_dot_product_cudnn_attention")  # fmt: skip
 def _attention(algebra: Algebra, op: Op) -> None:
-    query, key, value = op.args[:3]
+    query = op.args[0]
+    key, value = (_repeated_heads(algebra, node, query.shape[1]) for node in op.args[1:3])
     bound = _bound(op)
     mask = bound.get("attn_mask", bound.get("attn_bias"))
     scores = Node((*query.shape[:-1], key.shape[-2]), query.dtype)
@@ -398,6 +399,17 @@ def _attention(algebra: Algebra, op: Op) -> None:
     algebra.put(scores, algebra.reduce(scores, [3], "softmax over tokens", keep=True, maskable=False))
     outs = _outputs(op)
     algebra.put(outs[0], algebra.contract(scores, value, "bhnm", "bhmd", "bhnd", "attention output"))
+
+
+def _repeated_heads(algebra: Algebra, node: Node, heads: int) -> Node:
+    """Keys or values as the queries' heads see them: one head for several of theirs."""
+    times = heads // node.shape[1]
+    if times == 1:
+        return node
+    seen = Node((node.shape[0], heads, *node.shape[2:]), node.dtype, depends=node.depends)
+    planes = algebra.get(node)
+    algebra.put(seen, [p.repeat_interleave(times, 1) if p.shape[1] > 1 else p for p in planes])
+    return seen
 
 
 @rule("convolution", "mkldnn_convolution", "convolution_overrideable")

@@ -12,8 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["result_without_computing"]
+__all__ = ["ShapesOnly", "result_without_computing"]
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Runs a model for its shapes: contractions give zeros, the rest is computed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs or skips one operation."""
+        result = None if kwargs else result_without_computing(plain_name(func), args)
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def plain_name(func: Any) -> str:
+    """Name of an ATen operation without namespace, overload and the underscores around it."""
+    name: str = func._schema.name.split("::")[-1].strip("_")
+    return name
 
 
 def result_without_computing(name: str, args: Sequence[Any]) -> Tensor | None:

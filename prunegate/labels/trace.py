@@ -19,7 +19,7 @@ from prunegate.labels.algebra import Algebra
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
-from prunegate.labels.shapes import result_without_computing
+from prunegate.labels.shapes import plain_name, result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 from prunegate.tensors import named_tensors
 
@@ -104,7 +104,7 @@ class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         node_args, node_kwargs = to_nodes(args), to_nodes(kwargs)
-        name = func._schema.name.split("::")[-1].strip("_")
+        name = plain_name(func)
         out = None if kwargs else result_without_computing(name, args)
         if out is None:
             out = func(*args, **kwargs)
