@@ -15,6 +15,7 @@ from torch import nn
 from prunegate import PlanError
 from prunegate.plan import Argument, CallEdit, CallSite, Change, PerExecution, Ratio, Step
 from prunegate.slim.edits import Edit, apply_edits, edit_module, edits_of, original_class, wrap_calls
+from prunegate.slim.source import read_source
 from tests.slim.forwards import Child, Everything, Grandchild, Parent, Rebound
 
 HERE = "tests.slim.forwards"
@@ -136,6 +137,21 @@ def test_sequence_of_sizes_and_values_for_each_execution() -> None:
     wrap_calls(model, {place: lambda f, *a: (seen.append(a[0].shape), f(*a))[1]})
     model(x)
     assert seen == [(2, 4, 3)]
+
+
+def test_added_keyword_that_differs_each_time_keeps_places_in_order() -> None:
+    model, x = Everything(), torch.randn(2, 12)
+    place = "scaled_dot_product_attention"
+    edit_module(model, [edit(place, "argument", 6, PerExecution((0.5,)), name="scale")])
+    source = read_source(type(model).forward)
+    assert source is not None
+    assert [node.ordinal for node in source.calls if node.call == place] == [0]
+    last = [node.call for node in source.calls if node.ordinal >= 0][-4:]
+    assert last == ["__itruediv__", place, "sum", "__add__"]
+    seen: list[float] = []
+    wrap_calls(model, {site(EVERYTHING, place): lambda f, *a, **k: (seen.append(k["scale"]), f(*a, **k))[1]})
+    model(x)
+    assert seen == [0.5]
 
 
 def test_branches_on_training_stay() -> None:
