@@ -148,6 +148,30 @@ def test_heads_count_by_their_width_when_rounding() -> None:
     assert all(count % 64 == 0 for count in kept["channel"])
 
 
+@pytest.mark.parametrize(("capability", "width"), [("AVX512", 16), ("AVX2", 8), ("DEFAULT", 8)])
+def test_the_devices_own_width(capability: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    gated = mlp()
+    Budget(gated, params=0.6, steps=10, round_to="auto").finish()
+    kept = [int(gated.mask[group.slice].sum()) for group in gated.groups]
+    assert all(count % width == 0 for count in kept)
+    assert math.gcd(*kept) == width
+
+
+def test_a_scaled_loss_with_overflows_moves_the_logits_as_without() -> None:
+    found = []
+    for scale in (1.0, 2.0**16):
+        gated = mlp()
+        budget = Budget(gated, params=0.5, steps=40)
+        generator = torch.Generator().manual_seed(0)
+        for i in range(20):
+            gradient = scale * torch.randn(gated.logits.numel(), generator=generator)
+            give_gradient(gated, gradient * (math.inf if i == 9 else 1))
+            budget.step()
+        found.append(gated.logits.detach().clone())
+    torch.testing.assert_close(*found)
+
+
 def test_widths_by_pattern() -> None:
     gated = mlp()
     first, second = gated.groups

@@ -7,6 +7,7 @@ same operators. Times between the grid's points are interpolated; for a search t
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import itertools
@@ -22,11 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from prunegate.budget.limits import PICOSECONDS
-from prunegate.errors import BudgetError
+from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
 from prunegate.groups import ALWAYS
 from prunegate.labels.record import Node, Op, nodes_in
@@ -39,8 +40,9 @@ _FORMAT = 1
 _SHARES = {1: (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0), 2: (0.125, 0.375, 0.625, 0.8125, 1.0)}
 _SHARES_OF_MANY = (0.25, 0.625, 1.0)
 _MOST_VARIABLES = 3
+_BLOCK = 16  # elements that a kernel's innermost loop takes at once, at most
 _FREE = frozenset("unsafe_view alias detach lift_fresh empty zeros ones arange full scalar_tensor".split())
-_CALL_MS = 0.01  # what Python spends on one operator of a module, roughly
+_CUTS = (0.7, 0.45)  # shares kept in the cuts that predictions are calibrated on
 
 Timer = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any]], float]
 """Milliseconds of one call, given the function, its positional and its keyword arguments."""
@@ -157,19 +159,23 @@ def _operator(gated: GatedModel, op: Op, nodes: list[Node]) -> Operator:
 
 def time_call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], least_seconds: float = 0.004,
               least_calls: int = 5) -> float:  # fmt: skip
-    """Median milliseconds of one call."""
-    cuda = any(isinstance(a, Tensor) and a.is_cuda for a in args)
+    """Median milliseconds of one call.
+
+    With one CPU thread it is the thread's own time, so that other programs on the machine do not count.
+    """
+    cuda = any(leaf.is_cuda for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    clock = time.thread_time if not cuda and torch.get_num_threads() == 1 else time.perf_counter
     taken: list[float] = []
     function(*args, **kwargs)
     until = time.perf_counter() + least_seconds
     while len(taken) < least_calls or time.perf_counter() < until:
         if cuda:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         function(*args, **kwargs)
         if cuda:
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return 1000 * float(np.median(taken))
 
 
@@ -218,7 +224,7 @@ class LatencyTable:
         table.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         operators = find_operators(gated)
         distinct = {operator.key: operator for operator in operators}
-        with torch.inference_mode():
+        with torch.no_grad():
             for done, (key, operator) in enumerate(distinct.items()):
                 if key not in table.operators:
                     table.operators[key] = _measure(operator, device, timer)
@@ -229,20 +235,31 @@ class LatencyTable:
         return table
 
     def _calibrate(self, gated: GatedModel, operators: Sequence[Operator]) -> None:
-        modes = [(module, module.training) for module in gated.modules()]
-        for module, _ in modes:
-            module.training = False
-        model = gated.model
-        try:
-            whole = time_call(call_model, (model, gated.example_input), {}, 1.0, 10)
-        finally:
-            for module, training in modes:
-                module.training = training
-        total = sum(self._interpolate(operator, operator.dense()) for operator in operators)
-        # Alone, an operator finds its data in the cache and follows no Python code. The latter is a constant; what
-        # remains scales all operators.
-        added = min(_CALL_MS * len(operators), max(0.0, whole - total))
-        self.overhead[_model_key(operators)] = (added, (whole - added) / total)
+        """Sets off whole forwards of the model, and of two cuts of it, against the sums of their operators.
+
+        Alone, an operator finds its data in the cache and follows no Python code, so a model takes longer.
+        """
+        model = copy.deepcopy(gated.model).eval()
+        measured: list[tuple[Tensor | None, float]] = [
+            (None, time_call(call_model, (model, gated.example_input), {}, 1.0, 10))
+        ]
+        for share in _CUTS:
+            mask = _share_of_every_group(gated, share)
+            try:
+                cut = _cut(gated, mask)
+            except ExportError:
+                break
+            measured.append((mask, time_call(call_model, (cut, gated.example_input), {}, 1.0, 10)))
+        wholes = np.array([whole for _, whole in measured])
+        sums = np.array([
+            sum(self._interpolate(o, o.dense() if mask is None else o.live(mask)) for o in operators)
+            for mask, _ in measured
+        ])  # fmt: skip
+        columns = np.stack([np.ones_like(sums), sums], axis=1)
+        added, scale = _non_negative_least_squares(columns / wholes[:, None], np.ones_like(wholes))
+        if len(measured) == 1:
+            added, scale = 0.0, wholes[0] / sums[0]
+        self.overhead[_model_key(operators)] = (float(added), float(scale))
 
     def predict(self, gated: GatedModel, mask: Tensor | None = None) -> float:
         """Milliseconds of a forward of the model cut by ``mask`` (``None``: dense), at the example input's batch.
@@ -351,17 +368,47 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
+def _share_of_every_group(gated: GatedModel, share: float) -> Tensor:
+    """A mask that keeps the same share of every group, at odd widths as a search would."""
+    mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
+    for group in gated.groups:
+        kept = max(1, round(share * group.size) - (group.size >= 4 * _BLOCK))
+        mask[group.slice.start : group.slice.start + kept] = True
+    return mask
+
+
+def _cut(gated: GatedModel, mask: Tensor) -> nn.Module:
+    """The exported model under a mask; the gated model's own mask and phase stay."""
+    gates = gated.prunegate
+    phase, fixed = gates.phase, gates.fixed_mask.clone()
+    try:
+        gated.mask = mask
+        return gated.export().eval()
+    finally:
+        gates.fixed_mask.copy_(fixed)
+        gates.phase = phase
+
+
 def _model_key(operators: Sequence[Operator]) -> str:
     return hashlib.sha256("\n".join(operator.key for operator in operators).encode()).hexdigest()[:16]
+
+
+def _grid(size: int, shares: Sequence[float]) -> list[int]:
+    """Sizes to measure at, the dense one among them.
+
+    Kernels work on blocks, so times rise in steps. Points in the middle of a block, and in no multiple of 8, make the
+    line between them an average of the steps; points at their edges would make it a lower bound.
+    """
+    sizes = [max(1, round(size * share)) for share in shares]
+    if size >= 4 * _BLOCK:
+        sizes = [at if at == size else min(at // _BLOCK * _BLOCK + _BLOCK // 2 + 1, size) for at in sizes]
+    return sorted(set(sizes))
 
 
 def _measure(operator: Operator, device: torch.device, timer: Timer) -> dict[str, list[Any]]:
     dense = operator.dense()
     shares = _SHARES.get(len(dense), _SHARES_OF_MANY)
-    axes = [
-        sorted({max(1, round(size * share)) for share in shares}) if i < _MOST_VARIABLES else [size]
-        for i, size in enumerate(dense)
-    ]
+    axes = [_grid(size, shares) if i < _MOST_VARIABLES else [size] for i, size in enumerate(dense)]
     times = []
     for sizes in itertools.product(*axes):
         try:
