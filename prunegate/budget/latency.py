@@ -120,16 +120,8 @@ def find_operators(gated: GatedModel) -> list[Operator]:
         nodes = list(nodes_in((op.args, op.kwargs)))
         if not nodes or op.func.is_view or op.name in _FREE:  # type: ignore[attr-defined]
             continue
-        if not any(node.depends for node in nodes):
-            # What is made from weights alone is still computed in every forward, if it is computed.
-            if all(node.name is not None or node.base is not None for node in nodes) and not _computes(op):
-                continue
         found.append(_operator(gated, op, nodes))
     return found
-
-
-def _computes(op: Op) -> bool:
-    return any(node.base is None and node.name is None for node in nodes_in(op.out))
 
 
 def _operator(gated: GatedModel, op: Op, nodes: list[Node]) -> Operator:
