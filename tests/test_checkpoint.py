@@ -169,9 +169,9 @@ def test_recurrent_layers(tmp_path: Path) -> None:
     model = nn.LSTM(3, 4)
     prunegate.save(model, tmp_path / "a.safetensors", builder=functools.partial(nn.LSTM, 3, 4))
     twin = prunegate.load(tmp_path / "a.safetensors", allow=("torch.nn",))
+    assert all(a is b for a, b in zip(twin._flat_weights, twin.parameters(), strict=True))
     x = torch.randn(5, 2, 3)
     assert torch.equal(twin(x)[0], model(x)[0])
-    assert all(a is b for a, b in zip(twin._flat_weights, twin.parameters(), strict=True))
 
 
 def test_torchvision_needs_no_allowance(tmp_path: Path) -> None:

@@ -121,6 +121,21 @@ def test_channels_last_and_groups() -> None:
     torch.testing.assert_close(slim(x[:, [0, 3]]), model(x)[:, [0, 1, 6, 7]])
 
 
+class Padded(nn.Linear):
+    """A layer whose width means something else than the size of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 6)
+        self.out_features = 99
+
+
+def test_attributes_that_mean_something_else_are_left_alone() -> None:
+    model = nn.Sequential(Padded())
+    kept = {"0.weight": {0: (1, 2), 1: (0, 3)}, "0.bias": {0: (1, 2)}}
+    slim = apply_plan(model, Plan({"0.weight": (6, 4), "0.bias": (6,)}, kept))
+    assert (slim[0].in_features, slim[0].out_features) == (2, 99)
+
+
 @pytest.mark.parametrize(
     "plan",
     [

@@ -101,7 +101,7 @@ class Cross(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("cls", [Encoder, Cross])
 def test_slim_equals_masked(cls: type[nn.Module], heads: int, seed: int) -> None:
     torch.manual_seed(seed)
