@@ -13,7 +13,7 @@ from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
 from prunegate.slim.derive import derive_plan
-from prunegate.tensors import fit_inputs
+from prunegate.tensors import attributes_kept, fit_inputs, set_attributes_back
 
 __all__ = ["derive"]
 
@@ -41,7 +41,8 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
     inputs = fit_inputs(example_input, trace.model)
 
     def run(slim: nn.Module) -> None:
-        with ShapesOnly():  # a plan depends on sizes alone
+        with ShapesOnly(), attributes_kept(slim):  # a plan depends on sizes alone
+            set_attributes_back(slim, trace.changed)  # the model may have run since it was traced
             call_model(slim, inputs)
 
     return derive_plan(trace.model, trace.calls, kept, tensors, run, inputs)

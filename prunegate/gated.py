@@ -213,10 +213,12 @@ class GatedModel(nn.Module):
             gates.fixed_mask.copy_(fixed)
             for module, training in modes:
                 module.training = training
+        dtype = max(self.trace.precision, masked[0].dtype, key=lambda each: torch.finfo(each).eps)
+        tolerance = _TOLERANCE.get(dtype, 5e-2)
         for a, b in zip(masked, cut, strict=True):
             scale = float(a.abs().max()) if a.numel() else 0.0
             error = float((a - b).abs().max()) if a.numel() else 0.0
-            if not error <= _TOLERANCE.get(a.dtype, 5e-2) * max(scale, 1e-6):
+            if not error <= tolerance * max(scale, 1e-6):
                 raise ExportError(
                     f"the slim model differs from the masked one by {error:.3g} (outputs are up to {scale:.3g}); "
                     "this is a fault in the library: please report the model and gated.mask"

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-__all__ = ["fit_inputs", "is_channels_last", "named_tensors", "tensor_caches", "tensor_stores"]
+__all__ = [
+    "ABSENT",
+    "attributes_kept",
+    "fit_inputs",
+    "is_channels_last",
+    "named_tensors",
+    "set_attributes_back",
+    "tensor_caches",
+    "tensor_stores",
+]
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -60,3 +70,50 @@ def fit_inputs(inputs: Any, model: nn.Module) -> Any:
         return leaf.to(first.device, first.dtype if leaf.is_floating_point() else leaf.dtype)
 
     return tree_map(fit, inputs)
+
+
+ABSENT: Any = object()
+"""Stands for an attribute that a module does not have."""
+
+
+def set_attributes_back(model: nn.Module, values: Mapping[tuple[str, str], Any]) -> None:
+    """Gives attributes the values that :func:`attributes_kept` found them with."""
+    for (module, attribute), value in values.items():
+        attributes = model.get_submodule(module).__dict__
+        if value is ABSENT:
+            attributes.pop(attribute, None)
+        else:
+            attributes[attribute] = value
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
+    """Undoes what a forward leaves in plain attributes: anchors, index tables and the like, kept for the next call.
+
+    Inside, dictionaries of cached tensors are empty, so that a forward computes all that it needs.
+
+    Yields:
+        A dictionary that, afterwards, holds what was undone: the values before of attributes that got another
+        (``ABSENT`` where there was none), by names of module and attribute.
+    """
+    before, caches = [], []
+    changed: dict[tuple[str, str], Any] = {}
+    for prefix, module in model.named_modules():
+        before.append((prefix, module, dict(module.__dict__)))
+        for name, value in module.__dict__.items():
+            if type(value) is dict and not name.startswith("_"):
+                if all(isinstance(item, Tensor) for item in value.values()):
+                    caches.append((value, dict(value)))
+                    value.clear()
+    try:
+        yield changed
+    finally:
+        for prefix, module, attributes in before:
+            for name, value in module.__dict__.items():
+                if name != "training" and attributes.get(name, ABSENT) is not value:
+                    changed[prefix, name] = attributes.get(name, ABSENT)
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for cache, content in caches:
+            cache.clear()
+            cache.update(content)

@@ -105,3 +105,12 @@ def test_family(family: str) -> None:
     assert row.same_class
     assert row.effect >= 0.05
     assert row.prunable >= 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", sorted(coverage.SOURCES))
+def test_models_of_other_packages(source: str) -> None:
+    if source != "torchvision":
+        pytest.importorskip(source, reason=f"{source} is not a dependency; install it to run this sweep")
+    rows = [coverage.work((source, source, name)) for name in coverage.builders_of(source)]
+    assert [row for row in rows if not row.passed] == []

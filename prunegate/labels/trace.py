@@ -21,7 +21,7 @@ from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, 
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import plain_name, result_without_computing
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
-from prunegate.tensors import named_tensors
+from prunegate.tensors import attributes_kept, named_tensors
 
 __all__ = ["Trace", "call_model", "describe_inputs", "trace"]
 
@@ -45,6 +45,7 @@ class Trace:
         algebra: The labels and the events (consumptions, reductions).
         tensors: Node of every parameter, buffer and plain tensor attribute, by its first qualified name.
         aliases: Other qualified names of the same tensors (tied weights), to the first one.
+        changed: Attributes that the forward changed (and that were put back), with the values it found.
         nodes: What the operations returned, in order.
         ops: The ATen operations, in order.
         calls: The Python-level torch calls, in order.
@@ -56,12 +57,19 @@ class Trace:
     algebra: Algebra
     tensors: dict[str, Node]
     aliases: dict[str, str]
+    changed: dict[tuple[str, str], Any]
     nodes: list[Node]
     ops: list[Op]
     calls: list[Call]
     modules: dict[int, str]
     parameters: frozenset[str]
     outputs: list[Node] = field(default_factory=list)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The least precise floating-point type that the forward passes through, whatever the weights are in."""
+        types = {node.dtype for node in (*self.nodes, *self.tensors.values()) if node.dtype.is_floating_point}
+        return max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
     @property
     def labels(self) -> Labels:
@@ -183,30 +191,18 @@ _LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.devic
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _evaluation(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
     """Eval mode, no gradients and no cached tensors inside; everything as it was outside."""
-    modes, caches = [], []
-    for module in model.modules():
-        modes.append((module, module.training))
-        for name, value in module.__dict__.items():
-            if type(value) is dict and not name.startswith("_"):
-                if all(isinstance(item, Tensor) for item in value.values()):
-                    caches.append((value, dict(value)))
-                    value.clear()
     fused = torch.backends.mkldnn.enabled
-    model.eval()
-    try:
-        # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
-        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mkldnn.enabled = fused
-        for module, training in modes:
-            module.training = training
-        for cache, content in caches:
-            cache.clear()
-            cache.update(content)
+    with attributes_kept(model) as changed:
+        model.eval()
+        try:
+            # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            with torch.no_grad():
+                yield changed
+        finally:
+            torch.backends.mkldnn.enabled = fused
 
 
 def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False) -> Trace:
@@ -235,7 +231,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
             if isinstance(leaf, Tensor):
                 tagged.append(leaf)
                 node_of(leaf).depends = True
-        with _evaluation(model):
+        with _evaluation(model) as changed:
             try:
                 with dispatch, record:
                     output = call_model(model, inputs)
@@ -252,7 +248,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         for tensor in tagged:
             if hasattr(tensor, _NODE):
                 delattr(tensor, _NODE)
-    result = Trace(model, algebra, tensors, aliases, dispatch.nodes, dispatch.ops, record.calls, modules, parameters, outputs)
+    result = Trace(model, algebra, tensors, aliases, changed, dispatch.nodes, dispatch.ops, record.calls, modules, parameters, outputs)
     _settle(result)
     return result
 
