@@ -365,6 +365,12 @@ def test_forged_files(file: Path, change: Callable[[dict, dict], None]) -> None:
     refused(file)
 
 
+@pytest.mark.parametrize("argument", [{"pretrained": True}, {"checkpoint_path": "/etc/passwd"}, {"cache_dir": "/"}])
+def test_no_weights_are_fetched_or_read(file: Path, argument: dict[str, Any]) -> None:
+    forge(file, set_builder("timm:create_model", "test_vit", num_classes=5, **argument))
+    refused(file, "a file of ours never does that")
+
+
 def test_endless_constructor_is_stopped(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     prunegate.save(endless(2), path, builder=functools.partial(endless, 2))
