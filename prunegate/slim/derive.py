@@ -130,7 +130,7 @@ class _Derivation:
         """Searches."""
         self.from_record()
         for index, call in enumerate(self.calls):
-            self.executions.setdefault(_place(call.frame), []).append(index)
+            self.executions.setdefault(_identity(call.frame), []).append(index)
         for _ in range(_MAX_ROUNDS):
             watch = FeatureWatch(self.model, self.inputs)
             with _as_before(self.slim), watch.on(self.slim):
@@ -251,7 +251,9 @@ class _Derivation:
         if any(changed):
             return True
         watched = len(self.watched)
-        edited = [self.edit(finding, place, result) for finding, place in places]
+        # A line that ran several times has a finding for each; they are repaired together.
+        once = {(place.located.site(self.names), place.argument): (finding, place) for finding, place in places}
+        edited = [self.edit(finding, place, result) for finding, place in once.values()]
         return any(edited) or len(self.watched) > watched
 
     def edit(self, finding: Finding, place: _Place, result: Replay) -> bool:
@@ -283,7 +285,7 @@ class _Derivation:
     def value(self, finding: Finding, place: _Place, result: Replay) -> Value | None:
         """The value for an argument: a constant, a ratio, or one for each execution; ``None`` if not known yet."""
         number = finding.number
-        executions = self.executions[_place(self.calls[finding.index].frame)]
+        executions = self.executions[_identity(self.calls[finding.index].frame)]
         seen = {
             index: each
             for index in executions
@@ -309,7 +311,7 @@ class _Derivation:
         return PerExecution(tuple(next(iter(runs.values()))))
 
 
-def _place(frame: FrameRecord | None) -> tuple[Any, ...]:
+def _identity(frame: FrameRecord | None) -> tuple[Any, ...]:
     """What tells one place in the source, in one module, from another."""
     steps: list[Any] = []
     while frame is not None:

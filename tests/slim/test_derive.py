@@ -73,6 +73,17 @@ class BatchInside(Attention):
         return x.reshape(b, self.num_heads, n, self.head_dim).transpose(1, 2).flatten(2)
 
 
+class Twice(BatchInside):
+    """A module runs twice in one pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = BatchInside()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x).tanh())
+
+
 class FreeFunction(Attention):
     """A free function is given the heads by an attribute."""
 
@@ -185,7 +196,7 @@ class Table(nn.Module):
         return self.last(self.first(x).relu().reshape(len(x), -1, 6) + self.table)
 
 
-SEQUENCES = [Attention, WidthOfInput, BatchInside, FreeFunction, FreeConstant, Sequence, Scale, Table]
+SEQUENCES = [Attention, WidthOfInput, BatchInside, Twice, FreeFunction, FreeConstant, Sequence, Scale, Table]
 SHAPES = {**{cls: (2, 7, 5 if issubclass(cls, Attention) else 4) for cls in SEQUENCES}, Slices: (2, 4), Loop: (2, 4),
           Grouped: (2, 3, 5, 5)}  # fmt: skip
 
