@@ -76,11 +76,12 @@ def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -
         owner, _, name = parameter.name.rpartition(".")
         _gate_parameter(running.get_submodule(owner), name, pieces.of(parameter.plane), sample)
     places: dict[CallSite, dict[int, list[OperandSite | StatisticSite]]] = {}
-    for site in (*sites.operands, *sites.statistics):
+    acting: list[OperandSite | StatisticSite] = [*sites.operands, *sites.statistics]
+    for site in acting:
         place = locate(site.call.frame, site.call.name, trace.modules)
         assert place is not None
         places.setdefault(place, {}).setdefault(id(site.call), []).append(site)
-    executions = _executions(trace, [site.call for site in (*sites.operands, *sites.statistics)])
+    executions = _executions(trace, [site.call for site in acting])
     wraps: dict[CallSite, GatedCall] = {}
     for place, by_call in places.items():
         some = next(iter(by_call.values()))[0]
@@ -200,16 +201,16 @@ def _gate_parameter(module: nn.Module, name: str, site: int, sample: Sample) -> 
         for key, value in module.__dict__.items()
         if isinstance(value, list) and any(item is module._parameters[name] for item in value)
     )
-    base = type(module)
+    base: Any = type(module)
     known: tuple[str, ...] = ()
     if "_prunegate_base" in base.__dict__:
-        base, known = base._prunegate_base, base._prunegate_lists  # type: ignore[attr-defined]
+        base, known = base._prunegate_base, base._prunegate_lists
     module.__class__ = _gated_class(base, tuple(sorted(gated)), tuple(sorted({*known, *lists})))
 
 
 @functools.cache
-def _gated_class(base: type[nn.Module], names: tuple[str, ...], lists: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of ``base`` whose parameters ``names`` (and lists of them) read as themselves times their gates."""
+def _gated_class(base: Any, names: tuple[str, ...], lists: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass of ``base``, a class, whose parameters ``names`` (and lists of them) read as themselves times their gates."""
     namespace: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
     for key in lists:
         namespace[key] = property(functools.partial(_read_list, key=key), functools.partial(_write, key=key))

@@ -91,8 +91,12 @@ def check_against_the_oracle(model: torch.nn.Module, example: torch.Tensor, trai
     assert relative_error(expected, actual) <= 1e-10
 
     weights = [torch.randn_like(out) for out in outputs(expected)]
-    (by_oracle,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(expected), strict=True)), gates)
-    (by_logits,) = torch.autograd.grad(sum((w * o).sum() for w, o in zip(weights, outputs(actual), strict=True)), gated.logits)
+
+    def weighted(tree: object) -> torch.Tensor:
+        return sum((w * out).sum() for w, out in zip(weights, outputs(tree), strict=True))
+
+    (by_oracle,) = torch.autograd.grad(weighted(expected), gates)
+    (by_logits,) = torch.autograd.grad(weighted(actual), gated.logits)
     # At logit 0 and temperature 1 the relaxed gate's slope is 1/4.
     scale = float(by_oracle.abs().max())
     torch.testing.assert_close(4 * by_logits.double() / scale, by_oracle / scale, rtol=1e-10, atol=1e-10)

@@ -28,8 +28,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-
 import timm
 import torch
 from rich.console import Console
@@ -299,6 +297,7 @@ def transformers_builders() -> Builders:
     vit = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32)
     swin = dict(image_size=32, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[2, 4], window_size=4)
     text = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    grouped = dict(num_key_value_heads=2, **text)
     return {
         "vit": vision("ViTForImageClassification", "ViTConfig", patch_size=8, **vit),
         "deit": vision("DeiTForImageClassification", "DeiTConfig", patch_size=8, **vit),
@@ -313,8 +312,8 @@ def transformers_builders() -> Builders:
         "bert": language("BertForSequenceClassification", "BertConfig", **text),
         "distilbert": language("DistilBertForSequenceClassification", "DistilBertConfig", dim=32, n_layers=2,
                                n_heads=4, hidden_dim=48),
-        "llama": language("LlamaForSequenceClassification", "LlamaConfig", num_key_value_heads=2, pad_token_id=0, **text),
-        "qwen2": language("Qwen2ForSequenceClassification", "Qwen2Config", num_key_value_heads=2, pad_token_id=0, **text),
+        "llama": language("LlamaForSequenceClassification", "LlamaConfig", pad_token_id=0, **grouped),
+        "qwen2": language("Qwen2ForSequenceClassification", "Qwen2Config", pad_token_id=0, **grouped),
     }  # fmt: skip
 
 
@@ -394,7 +393,7 @@ def main() -> int:
         if getattr(args, source):
             tasks += [(source, source, name) for name in builders_of(source)]
     if not tasks:
-        parser.error("nothing to do: give --timm families, --timm PATTERN, --torchvision, --transformers or --ultralytics")
+        parser.error("nothing to do: give --timm (families, all or a pattern) or another package's flag")
 
     console, rows = Console(), []
     # Workers are replaced now and then: a process that has built many models does not give its memory back.
@@ -404,8 +403,9 @@ def main() -> int:
             state = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
             error = "" if row.error is None else f"error {row.error:.0e}"
             console.print(
-                f"{state} {row.model} {row.gates} gates {row.prunable:.1%} prunable, {row.flops_left:.0%} FLOPs left, "
-                f"{error} effect {row.effect:.2f} attach {row.attach_seconds:.2f} s {row.failure}",
+                f"{state} {row.model}: {row.gates} gates, {row.prunable:.1%} prunable, "
+                f"{row.flops_left:.0%} FLOPs left, {error}, effect {row.effect:.2f}, "
+                f"attach {row.attach_seconds:.2f} s {row.failure}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -248,7 +248,10 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         for tensor in tagged:
             if hasattr(tensor, _NODE):
                 delattr(tensor, _NODE)
-    result = Trace(model, algebra, tensors, aliases, changed, dispatch.nodes, dispatch.ops, record.calls, modules, parameters, outputs)
+    result = Trace(
+        model, algebra, tensors, aliases, changed, dispatch.nodes, dispatch.ops, record.calls,
+        modules, parameters, outputs
+    )  # fmt: skip
     _settle(result)
     return result
 
