@@ -3,7 +3,8 @@
     python tools/bench_gumbel.py --rounds 9
 
 Baseline and backends run in turn within one process, on one thread, in float32; a row shows the median time and the
-median of the rounds' ratios with their quartiles. Binary gates are compared with the baseline on logits [n, 2], and
+median of the rounds' ratios with their quartiles. On the CPU it is processor time, so that what else the machine does
+counts less. Binary gates are compared with the baseline on logits [n, 2], and
 a model of many layers with a loop over its layers. Before a backend is timed, its samples and gradients are checked
 against softmax and against the baseline's mean gradient.
 
@@ -119,13 +120,14 @@ def _totals(values: Tensor) -> list[float]:
 
 
 def clock(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Seconds of one run, the mean of several."""
-    start = time.perf_counter()
+    """Seconds of one run, the mean of several: of the processor for the CPU, on the wall for a GPU."""
+    now = time.perf_counter if device == "cuda" else time.process_time
+    start = now()
     for _ in range(repeats):
         run()
     if device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (now() - start) / repeats
 
 
 def extra_memory(run: Callable[[], tuple[Tensor, Tensor]]) -> float:

@@ -61,6 +61,7 @@ typedef struct {
 #define UNPACK_HI64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
 #define LOAD_ROWS(from, stride) base_load(from)
 #define STORE_ROWS(to, stride, v) base_store(to, v)
+#define SUM_LANES(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
 #include "_cpu_kernels.h"
 
 #ifdef X86
@@ -75,6 +76,11 @@ typedef struct {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
+{
+    __m128 halves = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    return _mm_cvtss_f32(_mm_add_ss(halves, _mm_movehdup_ps(halves)));
+}
 #define WIDTH 8
 #define ID(name) avx2_##name
 #define VMAX(a, b) ((avx2_vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
@@ -87,6 +93,8 @@ typedef struct {
 #define STORE_ROWS(to, stride, v) \
     (_mm_storeu_ps(to, _mm256_castps256_ps128((__m256)(v))), \
      _mm_storeu_ps((to) + (stride), _mm256_extractf128_ps((__m256)(v), 1)))
+#define SUM_LANES(v) \
+    ID(sum_of_4)(_mm_add_ps(_mm256_castps256_ps128((__m256)(v)), _mm256_extractf128_ps((__m256)(v), 1)))
 #include "_cpu_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop
@@ -112,6 +120,7 @@ typedef struct {
      _mm_storeu_ps((to) + (stride), _mm512_extractf32x4_ps((__m512)(v), 1)), \
      _mm_storeu_ps((to) + 2 * (stride), _mm512_extractf32x4_ps((__m512)(v), 2)), \
      _mm_storeu_ps((to) + 3 * (stride), _mm512_extractf32x4_ps((__m512)(v), 3)))
+#define SUM_LANES(v) _mm512_reduce_add_ps((__m512)(v))
 #include "_cpu_kernels.h"
 #ifdef __clang__
 #pragma clang attribute pop

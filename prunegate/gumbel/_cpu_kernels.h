@@ -3,7 +3,7 @@
  * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
  * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
  * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane, and
- * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows.
+ * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows; and SUM_LANES.
  */
 
 typedef float ID(vf) __attribute__((vector_size(4 * WIDTH)));
@@ -30,13 +30,7 @@ INLINE VF ID(all)(float x) { return x - (VF){0}; }
 
 INLINE VF ID(where)(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 
-INLINE float ID(sum)(VF v)
-{
-    float total = 0;
-    for (int i = 0; i < WIDTH; i++)
-        total += v[i];
-    return total;
-}
+INLINE float ID(sum)(VF v) { return SUM_LANES(v); }
 
 /* The sum of four running sums, which start again from 0. */
 INLINE VF ID(take_sum)(VF running[4])
@@ -482,6 +476,8 @@ INLINE void ID(long_row_backward)(const float *gradient, const float *soft, floa
         if (i % SPAN == SPAN - BLOCK)
             total += ID(take_sum)(dot4);
     }
+    for (; i + WIDTH <= columns; i += WIDTH)
+        total += ID(load)(gradient + i) * ID(load)(soft + i);
     for (; i < columns; i++)
         dot += gradient[i] * soft[i];
     dot += ID(sum)(total + ID(take_sum)(dot4));
@@ -494,7 +490,7 @@ INLINE void ID(long_row_backward)(const float *gradient, const float *soft, floa
 INLINE void ID(short_rows_backward)(const Work *w, int64_t row, int64_t rows)
 {
     int64_t columns = w->columns, start = row * columns;
-    VF g[SHORT_ROW + 3], s[SHORT_ROW + 3], dot = {0};
+    VF g[32], s[32], dot = {0};
     for (int at = 0; at < columns; at += 4) {
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
         ID(get_tile)(w->gradient + start + at, columns, wide, rows, g + at);
@@ -513,7 +509,8 @@ INLINE void ID(short_rows_backward)(const Work *w, int64_t row, int64_t rows)
 
 static void ID(softmax_backward)(const Work *w, int64_t begin, int64_t end)
 {
-    if (!w->offsets && w->columns <= SHORT_ROW) {
+    /* A row that fills a few vectors is better read as the one piece that it is. */
+    if (!w->offsets && w->columns < 32) {
         for (int64_t row = begin; row < end; row += WIDTH)
             ID(short_rows_backward)(w, row, end - row < WIDTH ? end - row : WIDTH);
         return;
@@ -561,3 +558,4 @@ static const Kernels ID(kernels) = {
 #undef UNPACK_HI64
 #undef LOAD_ROWS
 #undef STORE_ROWS
+#undef SUM_LANES

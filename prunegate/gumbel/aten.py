@@ -33,7 +33,8 @@ def _uniform(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch
         count = math.prod(shape)
         bits = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None, generator=generator)
         uniform = torch.empty(shape).copy_(bits.view(torch.int32)[:count].view(shape))
-        return uniform.mul_(2.0**-32).add_(0.5).clamp_(2.0**-24, 1 - 2.0**-24)
+        # The factor is short of 2**-32 by what keeps the ends, 2**-24 and 1 - 2**-24, inside.
+        return torch.add(0.5, uniform, alpha=2.0**-32 * (1 - 2.0**-23), out=uniform)
     # torch.rand can give 0, never 1. An eighth of an epsilon lifts 0 off the floor and is rounded away near 1.
     return torch.rand(shape, dtype=kind, device=like.device, generator=generator) + torch.finfo(kind).eps / 8
 

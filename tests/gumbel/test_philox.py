@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from prunegate.gumbel import Philox, gumbel_sigmoid, gumbel_softmax, philox, reference
 
@@ -67,8 +68,9 @@ def test_a_row_keeps_its_draw_when_others_change(backend: str) -> None:
     whole = gumbel_softmax(logits, generator=Philox(3), backend=backend)
     assert whole[:4].equal(gumbel_softmax(logits[:4], generator=Philox(3), backend=backend))
     ragged = gumbel_softmax(logits.flatten()[:14], segments=[0, 6, 8, 14], generator=Philox(3), backend=backend)
-    assert ragged[:6].equal(whole[0])
-    assert ragged[8:].equal(whole[2])
+    # The same noise; a row in a block of its own may be summed in another order.
+    assert_close(ragged[:6], whole[0])
+    assert_close(ragged[8:], whole[2])
 
 
 def test_places_follow_the_dimension() -> None:
