@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -29,9 +30,9 @@ class Sample:
         self.pieces: Sequence[Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
-        copy = Sample()
-        memo[id(self)] = copy
-        return copy
+        duplicate = Sample()
+        memo[id(self)] = duplicate
+        return duplicate
 
     def __reduce__(self) -> tuple[type[Sample], tuple[()]]:
         return Sample, ()
@@ -146,16 +147,14 @@ class Gates(nn.Module):
         self.logits.register_post_accumulate_grad_hook(move)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Gates:
-        copy = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copy
-        from copy import deepcopy
-
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_gathered", "selector")}
-        copy.__dict__.update(deepcopy(state, memo))
-        copy._gathered = None
-        copy.selector = self.selector
-        copy._watch()
-        return copy
+        duplicate = self.__class__.__new__(self.__class__)
+        memo[id(self)] = duplicate
+        state = {key: value for key, value in self.__dict__.items() if key not in ("_gathered", "selector")}
+        duplicate.__dict__.update(copy.deepcopy(state, memo))
+        duplicate._gathered = None
+        duplicate.selector = self.selector  # a copy's eval mode follows the search of the original
+        duplicate._watch()
+        return duplicate
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gates:
         before = self.logits

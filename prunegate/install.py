@@ -210,7 +210,7 @@ def _gate_parameter(module: nn.Module, name: str, site: int, sample: Sample) -> 
 
 @functools.cache
 def _gated_class(base: Any, names: tuple[str, ...], lists: tuple[str, ...]) -> type[nn.Module]:
-    """A subclass of ``base``, a class, whose parameters ``names`` (and lists of them) read as themselves times their gates."""
+    """A subclass of ``base``, a class, whose parameters ``names`` (and ``lists`` of them) read as gated."""
     namespace: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
     for key in lists:
         namespace[key] = property(functools.partial(_read_list, key=key), functools.partial(_write, key=key))
