@@ -20,6 +20,7 @@ from prunegate.groups import Frozen, GateMap, Group, find_frozen
 from prunegate.labels.trace import Trace, call_model
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan
+from prunegate.slim.replay import UnrepairableError
 from prunegate.tensors import fit_inputs
 
 __all__ = ["GatedModel"]
@@ -65,13 +66,24 @@ class GatedModel(nn.Module):
         self.example_input = example_input
         self.gate_map = gate_map
         self.trace = trace
+        self._has_fused_attention = any(
+            isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in running.modules()
+        )
         # Every rank draws its own gates and the budget reduces the logits' gradient, one small vector a step.
         self._ddp_params_and_buffers_to_ignore = ["prunegate.logits"]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model with the gates of this step: one sample per forward in train mode, a hard mask in eval."""
         self.prunegate.draw(self.training)
-        return self.model(*args, **kwargs)
+        if not self._has_fused_attention or self.prunegate.sample.pieces is None:
+            return self.model(*args, **kwargs)
+        # torch's own inference path through its attention layers reads weights behind the gates' back.
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own ``forward_features``, gated."""
@@ -170,10 +182,36 @@ class GatedModel(nn.Module):
     def plan(self) -> Plan:
         """What is kept of every tensor under the current mask, and what else must change for it.
 
+        Where a model's own arithmetic cannot be made to follow a cut, the units that it depends on are kept: the mask
+        is fixed with them open, and a warning names the place and their number.
+
         Raises:
-            ExportError: The cut model's own arithmetic cannot be made to follow.
+            ExportError: Even so the cut model does not run.
         """
-        return derive(self.trace, self.gate_map, self._check_mask(self.mask), self.example_input)
+        mask = self._check_mask(self.mask)
+        while True:
+            try:
+                return derive(self.trace, self.gate_map, mask, self.example_input)
+            except UnrepairableError as error:
+                kept = self._kept_for(error, mask)
+                warnings.warn(
+                    f"{error}; {int((kept & ~mask).sum())} units that the mask removes there are kept, so the slim "
+                    "model costs more than the mask says",
+                    stacklevel=2,
+                )
+                mask = kept
+                self.mask = mask
+
+    def _kept_for(self, error: UnrepairableError, mask: Tensor) -> Tensor:
+        """The mask with every unit open that changes a size at a call that cannot follow."""
+        kept = mask.clone()
+        for node in error.nodes:
+            for plane in self.trace.algebra.get(node):
+                gates = self.gate_map.of_label[plane].flatten()
+                kept[gates[gates >= 0]] = True
+        if torch.equal(kept, mask):
+            raise error
+        return kept
 
     def export(self) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.
@@ -190,7 +228,8 @@ class GatedModel(nn.Module):
                 "budget.finish() first for the final one",
                 stacklevel=2,
             )
-        slim = apply_plan(self._dense, self.plan())
+        plan = self.plan()
+        slim = apply_plan(self._dense, plan)
         slim.train(self.training)
         self._check(slim)
         return slim

@@ -98,39 +98,41 @@ def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tu
             own.append(plane.flatten())
     sizes = [labels.numel() for labels in own]
     positions = roots[torch.cat(own)] if own else roots[:0]
-    key_of = torch.arange(len(keys)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
-    # Every (class, key) once; classes with the same set of keys have the same sum of the keys' random words.
-    pairs = torch.unique(positions * len(keys) + key_of) if keys else positions
-    pairs = pairs[pairs >= len(keys)]  # class 0 is frozen
-    pair_root, pair_key = pairs // max(len(keys), 1), pairs % max(len(keys), 1)
+    # Classes with the same set of (tensor, dimension) keys have the same sum of the keys' random words. A class that
+    # stands at several positions of one key is read and written there alike, so the word counts once.
     words = torch.randint(1, 2**62, (len(keys),), generator=torch.Generator().manual_seed(0))
-    live, at = torch.unique(pair_root, return_inverse=True)  # roots, in order of first appearance
-    signature = torch.zeros(live.numel(), dtype=torch.int64).scatter_add_(0, at, words[pair_key])
-    _, kind_of = torch.unique(signature, return_inverse=True)
+    signature = torch.zeros(len(roots), dtype=torch.int64)
+    for word, members_of_key in zip(words, positions.split(sizes), strict=True):
+        signature[members_of_key] = signature[members_of_key] + word
+    signature[FROZEN] = 0
+    live = torch.nonzero(signature).flatten()  # roots, in order of first appearance
+    _, kind_of = torch.unique(signature[live], return_inverse=True)
     n_groups = int(kind_of.max()) + 1 if live.numel() else 0
     first = torch.full((n_groups,), len(roots)).scatter_reduce_(0, kind_of, live, "amin")
-    rank = torch.argsort(torch.argsort(first))
-    group_of = rank[kind_of]
+    group_of = torch.argsort(torch.argsort(first))[kind_of]
     order = torch.argsort(group_of, stable=True)
 
     of_label = torch.full((len(roots),), ALWAYS)
     of_label[live[order]] = torch.arange(live.numel())
     of_label = of_label[roots]
+    group_at = torch.full((len(roots),), n_groups)  # one more than there are, for what is frozen
+    group_at[live] = group_of
+    key_of = torch.arange(len(keys)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+    touched = torch.zeros((len(keys), n_groups + 1), dtype=torch.bool)
+    touched[key_of, group_at[positions]] = True
     members: list[list[tuple[str, int]]] = [[] for _ in range(n_groups)]
-    for code in torch.unique(group_of[at] * len(keys) + pair_key).tolist():
-        members[code // len(keys)].append(keys[code % len(keys)])
+    for key, group in torch.nonzero(touched[:, :n_groups]).tolist():
+        members[group].append(keys[key])
     counts = torch.bincount(group_of, minlength=n_groups).tolist()
     groups = _describe(trace, counts, live[order], members, kinds, consumed)
-    gated = set(torch.unique(pair_key).tolist())
-    gates = of_label[positions]
-    dims = {key: part for i, (key, part) in enumerate(zip(keys, gates.split(sizes), strict=True)) if i in gated}
-    return groups, GateMap(of_label, dims, live.numel())
+    parts = zip(keys, of_label[positions].split(sizes), touched[:, :n_groups].any(1).tolist(), strict=True)
+    return groups, GateMap(of_label, {key: part for key, part, gated in parts if gated}, live.numel())
 
 
 def freeze_kinds(trace: Trace, units: Collection[str]) -> None:
     """Freezes the kinds of units that ``units`` leaves out; ``"channel"`` is every kind that is not ``"head"``."""
     labels = trace.labels
-    roots = torch.unique(labels.roots())
+    roots = labels.classes()
     heads = torch.zeros(len(labels), dtype=torch.bool)
     heads[[root for root, kind in _kinds(trace).items() if kind == "head"]] = True
     if "head" not in units:

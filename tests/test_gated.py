@@ -261,3 +261,44 @@ def test_printing_shows_groups(model: nn.Module) -> None:
     assert "blocks.0.mlp.fc1" in text
     assert "head" in text
     assert "FLOPs" in text
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_torchs_own_transformer_layer(grad: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    net = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 3)).double().eval()
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    gated = prunegate.attach(net, x).eval()
+    assert {group.kind for group in gated.groups} == {"channel", "head"}
+    gated.mask = random_mask(gated, 1)
+    slim = gated.export()
+    with torch.set_grad_enabled(grad):
+        assert relative_error(gated(x), slim(x)) <= 1e-8
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_what_cannot_follow_a_cut_is_kept() -> None:
+    """A width that Python code checks against a number of its own has no argument that could be corrected."""
+
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.a(x).relu()
+            x = torch.cumsum(x, 0) if x.shape[-1] == 8 else torch.flip(x, (0,))
+            return self.c(self.b(x).relu())
+
+    net = Stubborn().double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    gated = prunegate.attach(net, x).eval()
+    mask = torch.ones(14, dtype=torch.bool)
+    mask[[0, 1, 9, 10]] = False
+    gated.mask = mask
+    with pytest.warns(UserWarning, match="2 units that the mask removes there are kept"):
+        slim = gated.export()
+    assert slim.a.out_features == 8
+    assert slim.b.out_features == 4
+    assert relative_error(gated(x), slim(x)) <= 1e-8

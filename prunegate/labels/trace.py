@@ -193,16 +193,18 @@ _LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.devic
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
     """Eval mode, no gradients and no cached tensors inside; everything as it was outside."""
-    fused = torch.backends.mkldnn.enabled
+    fused, attention = torch.backends.mkldnn.enabled, torch.backends.mha.get_fastpath_enabled()
     with attributes_kept(model) as changed:
         model.eval()
         try:
-            # Without the fused CPU kernels recurrent layers decompose into products and gates, which have rules.
+            # Without the fused CPU kernels recurrent and attention layers decompose into what has rules.
             torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+            torch.backends.mha.set_fastpath_enabled(False)
             with torch.no_grad():
                 yield changed
         finally:
             torch.backends.mkldnn.enabled = fused
+            torch.backends.mha.set_fastpath_enabled(attention)
 
 
 def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False) -> Trace:
@@ -312,8 +314,8 @@ def _settle(result: Trace) -> None:
     _freeze_unused(result)
     make_rectangular(result)
     _freeze_whole_layers(result)
-    roots = result.labels.roots()
-    weak = torch.unique(roots[~result.labels.is_strong(roots)])
+    classes = result.labels.classes()
+    weak = classes[~result.labels.is_strong(classes)]
     algebra.labels.freeze(weak, Reason("only buffers carry it"))
 
 
@@ -325,8 +327,8 @@ def _freeze_unused(result: Trace) -> None:
     roots = labels.roots()
     if touched:
         seen[roots[torch.cat(touched)]] = True
-    unused = torch.unique(roots[~seen[roots]])
-    labels.freeze(unused, Reason("no operation on the input uses it"))
+    classes = labels.classes()
+    labels.freeze(classes[~seen[classes]], Reason("no operation on the input uses it"))
 
 
 def _freeze_whole_layers(result: Trace) -> None:

@@ -85,6 +85,11 @@ class Labels:
         self._flatten()
         return self._parent
 
+    def classes(self) -> Tensor:
+        """The root of every class, in increasing order."""
+        roots = self.roots()
+        return torch.nonzero(roots == torch.arange(len(roots))).flatten()
+
     def is_strong(self, roots: Tensor) -> Tensor:
         """Whether each class, given by its root, has a strong member."""
         self.settle()
