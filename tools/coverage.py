@@ -8,6 +8,7 @@ whether costs are exact, and how long it took. A model that fails is reported wi
 Examples:
     python tools/coverage.py --timm families --jobs 2 --output runs/coverage
     python tools/coverage.py --timm "convnext*"
+    python tools/coverage.py --timm all --shapes --jobs 2 --output runs/architectures
     python tools/coverage.py --torchvision --transformers
 """
 
@@ -33,9 +34,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import prunegate
+from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import call_model
 
 MASKS = 3
@@ -135,6 +138,50 @@ def examine(family: str, name: str, build: Callable[[], tuple[nn.Module, Any]]) 
     return row
 
 
+class SkipFilling(TorchDispatchMode):
+    """Builds a model without filling its large tensors, whose memory is then never touched."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Skips operations that write into large floating-point tensors in place."""
+        target = args[0] if args and isinstance(args[0], Tensor) else None
+        if target is not None and func._schema.is_mutable and target.is_floating_point() and target.numel() > 2**16:
+            return target
+        return func(*args, **(kwargs or {}))
+
+
+def examine_shapes(family: str, name: str, build: Callable[[], tuple[nn.Module, Any]]) -> Row:
+    """Labels, plans and cuts one model, and runs the cut one for its shapes alone."""
+    row, start = Row(family, name, precision="shapes only"), time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with SkipFilling():
+            model, example = build()
+        model, example = model.eval(), example.float()
+        began = time.perf_counter()
+        gated = prunegate.attach(model, example)
+        row.attach_seconds = time.perf_counter() - began
+        row.gates, row.groups = gated.logits.numel(), len(gated.groups)
+        row.prunable = prunable_share(model, gated)
+        mask = random_mask(gated, generator)
+        gated.mask = mask
+        began = time.perf_counter()
+        slim = prunegate.apply_plan(model, gated.plan())
+        row.export_seconds = time.perf_counter() - began
+        row.flops_left = gated.cost.flops(mask) / gated.cost.flops()
+        with torch.no_grad(), ShapesOnly():
+            shapes = [tuple(out.shape) for out in tensors(call_model(slim, example))]
+        wanted = [node.shape for node in gated.trace.outputs if node.dtype.is_floating_point]
+        if shapes != wanted:
+            row.failure = f"outputs of {shapes}, expected {wanted}"
+        elif not torch.equal(gated.mask, mask):
+            row.failure = "units were kept where a call could not follow the cut"
+        row.error, row.costs_exact = 0.0, gated.cost.params(mask) == sum(p.numel() for p in slim.parameters())
+    except Exception as error:
+        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+    row.seconds = time.perf_counter() - start
+    return row
+
+
 def prunable_share(model: nn.Module, gated: Any) -> float:
     """Share of parameters that some unit removes, on at least one of their dimensions."""
     named = dict(model.named_parameters())
@@ -197,14 +244,14 @@ def smallest_of_family(family: str) -> str:
     return min(timm.list_models(module=family), key=parameters)
 
 
-def build_timm(name: str) -> tuple[nn.Module, Tensor]:
+def build_timm(name: str, large: float = LARGE) -> tuple[nn.Module, Tensor]:
     """A timm model and a batch of one at its own size."""
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in timm.create_model(name).parameters())
         except Exception:
             size = 0
-    shallower: dict[str, Any] = {"depth": 2} if size > LARGE else {}
+    shallower: dict[str, Any] = {"depth": 2} if size > large else {}
     torch.manual_seed(0)
     model = timm.create_model(name, **shallower)
     return model, torch.randn(1, *model.pretrained_cfg["input_size"], dtype=torch.float64)
@@ -227,6 +274,8 @@ def work(task: tuple[str, str, str]) -> Row:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     source, family, name = task
+    if source == "shapes":
+        return examine_shapes(family, name, lambda: build_timm(name, float("inf")))
     if source == "timm":
         name = name or smallest_of_family(family)
         return examine(family, name, lambda: build_timm(name))
@@ -382,13 +431,16 @@ def main() -> int:
     """Runs the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", metavar="all|families|PATTERN", help="which timm models")
+    parser.add_argument("--shapes", action="store_true",
+                        help="of timm models only label, plan, cut and check shapes, without computing")  # fmt: skip
     parser.add_argument("--torchvision", action="store_true", help="torchvision's classification and dense models")
     parser.add_argument("--transformers", action="store_true", help="tiny transformers models (needs transformers)")
     parser.add_argument("--ultralytics", action="store_true", help="YOLOv8n and YOLO11n (needs ultralytics)")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for coverage.json and coverage.md")
     args = parser.parse_args()
-    tasks = [("timm", family, name) for family, name in (timm_rows(args.timm) if args.timm else ())]
+    kind = "shapes" if args.shapes else "timm"
+    tasks = [(kind, family, name) for family, name in (timm_rows(args.timm) if args.timm else ())]
     for source in SOURCES:
         if getattr(args, source):
             tasks += [(source, source, name) for name in builders_of(source)]
