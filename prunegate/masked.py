@@ -16,16 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASKED_CALLS", "masked_call"]
+__all__ = ["MASKED_CALLS"]
 
 Function = Callable[..., Any]
 
 _MAX_EXPONENT = 60.0  # exp(60) is 1e26, finite in float32 and bfloat16
-
-
-def masked_call(name: str) -> Callable[..., Any]:
-    """The masked form of a torch call, by the call's plain name. Raises KeyError where there is none."""
-    return MASKED_CALLS[name]
 
 
 def _dims(dim: int | Sequence[int] | None, ndim: int) -> list[int]:
@@ -60,6 +55,18 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def _normalised(input: Tensor, keep: Tensor, dims: Sequence[int], weight: Tensor | None, bias: Tensor | None,
+                eps: float) -> Tensor:  # fmt: skip
+    """Normalised over ``dims``, with scale and shift for each channel of dimension 1."""
+    mean, variance = _moments(input, keep, dims)
+    shape = (1, -1) + (1,) * (input.dim() - 2)
+    return _affine(
+        (input - mean) * (variance + eps).rsqrt(),
+        None if weight is None else weight.reshape(shape),
+        None if bias is None else bias.reshape(shape),
+    )
+
+
 def _layer_norm(function: Function, keep: Tensor, input: Tensor, normalized_shape: Sequence[int],
                 weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
                 **_: Any) -> Tensor:  # fmt: skip
@@ -79,27 +86,14 @@ def _rms_norm(function: Function, keep: Tensor, input: Tensor, normalized_shape:
 def _group_norm(function: Function, keep: Tensor, input: Tensor, num_groups: int, weight: Tensor | None = None,
                 bias: Tensor | None = None, eps: float = 1e-5, *_: Any) -> Tensor:  # fmt: skip
     # Only a norm over one group is a statistic over units; of several groups whole ones go.
-    dims = list(range(1, input.dim()))
-    mean, variance = _moments(input, keep, dims)
-    shape = (1, -1) + (1,) * (input.dim() - 2)
-    return _affine(
-        (input - mean) * (variance + eps).rsqrt(),
-        None if weight is None else weight.reshape(shape),
-        None if bias is None else bias.reshape(shape),
-    )
+    return _normalised(input, keep, list(range(1, input.dim())), weight, bias, eps)
 
 
 def _batch_norm(function: Function, keep: Tensor, input: Tensor, running_mean: Tensor | None = None,
                 running_var: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None,
                 training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *_: Any) -> Tensor:  # fmt: skip
-    dims = [dim for dim in range(input.dim()) if dim != 1]
-    mean, variance = _moments(input, keep, dims)
-    shape = (1, -1) + (1,) * (input.dim() - 2)
-    return _affine(
-        (input - mean) * (variance + eps).rsqrt(),
-        None if weight is None else weight.reshape(shape),
-        None if bias is None else bias.reshape(shape),
-    )
+    # Batch statistics over units come from weights that are standardised over their fan-in.
+    return _normalised(input, keep, [dim for dim in range(input.dim()) if dim != 1], weight, bias, eps)
 
 
 def _mean(function: Function, keep: Tensor, input: Tensor, dim: int | Sequence[int] | None = None,
