@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunegate.attaching import attach as attach
     from prunegate.budget import Budget as Budget
+    from prunegate.budget.latency import LatencyTable as LatencyTable
     from prunegate.checkpoint import load as load
     from prunegate.checkpoint import save as save
     from prunegate.errors import AttachError as AttachError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOME = {
     "attach": "attaching",
     "Budget": "budget",
+    "LatencyTable": "budget.latency",
     "load": "checkpoint",
     "save": "checkpoint",
     "AttachError": "errors",

@@ -148,7 +148,7 @@ def _plain(tree: Any) -> Any:
     if isinstance(tree, Node):
         if tree.value is None:
             raise RuntimeError("an index tensor was not kept by the tracer")
-        return tree.value
+        return tree.value.cpu()  # planes are, wherever the model is
     if isinstance(tree, (list, tuple)):
         return type(tree)(_plain(item) for item in tree)
     if isinstance(tree, dict):
