@@ -5,6 +5,7 @@
 #   make lint       ruff and mypy
 #   make test       the fast tests
 #   make test-all   every test, the sweeps too
+#   make coverage   prune every timm family, with a table in runs/coverage
 #   make bench      the benchmarks, each beside its baseline
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python,$(shell command -v $(name) 2>/dev/null)))
@@ -16,7 +17,7 @@ DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 BENCH := $(VENV)/.installed-bench
 
-.PHONY: demo setup lint test test-all bench clean
+.PHONY: demo setup lint test test-all bench coverage clean
 
 demo: $(DEMO)
 	$(BIN)/python recipes/demo.py
@@ -35,6 +36,10 @@ test-all: $(DEV) $(BENCH)
 
 bench: $(BENCH)
 	$(BIN)/python tools/bench_attach.py
+	$(BIN)/python tools/bench_gumbel.py
+
+coverage: $(DEV)
+	$(BIN)/python tools/coverage.py --timm families --jobs $(WORKERS) --output runs/coverage
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -59,7 +59,7 @@ def test_the_first_example_fits_fifteen_lines() -> None:
 
 def test_make_targets_that_the_readme_names_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
-    named = set(re.findall(r"\bmake ([a-z-]+)", README))
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", README, flags=re.MULTILINE))
     assert {"demo", "setup", "lint", "test", "test-all", "bench"} <= named
     assert named <= targets
 
