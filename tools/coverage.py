@@ -418,8 +418,10 @@ def markdown(rows: list[Row]) -> str:
 def summary(rows: list[Row]) -> str:
     """One sentence about all rows."""
     attach = sorted(row.attach_seconds for row in rows)
+    single = sum(row.precision == "float32" for row in rows)
     return (
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass (error at most {EXACT:g}, exact costs); "
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass (exact costs, error at most {EXACT:g}, or {INSIDE:g} "
+        f"for the {single} that compute something in float32 whatever their weights are in); "
         f"{sum(row.prunable >= 0.95 for row in rows)} have at least 95% of their parameters prunable, the least is "
         f"{min(row.prunable for row in rows):.0%}; a half-mask leaves under half of the FLOPs in "
         f"{sum(row.flops_left < 0.5 for row in rows)}; attach takes {attach[len(attach) // 2]:.2f} s in the median and "
