@@ -6,6 +6,7 @@ its outputs. What it made stays in ``runs/demo``.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +26,15 @@ ARGUMENTS = (
 
 def main() -> None:
     """Runs the recipe, then the second process."""
+    # Tensors are small here: where other programs want the cores, two threads mostly wait for one another.
+    torch.set_num_threads(1)
     folder, slim = prune.main([*ARGUMENTS, *sys.argv[1:]])
     images = torch.randn(16, 1, 32, 32)
     with torch.inference_mode():
         save_file({"images": images, "outputs": slim(images)}, folder / "outputs.safetensors")
     reopen = Path(__file__).with_name("reopen.py")
-    subprocess.run([sys.executable, reopen, folder / "slim.safetensors", folder / "outputs.safetensors"], check=True)
+    command = [sys.executable, reopen, folder / "slim.safetensors", folder / "outputs.safetensors"]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 if __name__ == "__main__":
