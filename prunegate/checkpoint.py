@@ -224,7 +224,10 @@ def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
     """Puts the file in its place in one step."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # what the user's umask gives; safetensors makes files that only their owner reads
         save_file(tensors, beside, {_KEY: text})
+        beside.chmod(mode)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)

@@ -56,6 +56,12 @@ def file(vit: nn.Module, tmp_path: Path) -> Path:
     return path
 
 
+def test_file_is_as_readable_as_any_other(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("")
+    assert file.stat().st_mode == other.stat().st_mode
+
+
 def test_outputs_bit_for_bit(vit: nn.Module, file: Path, image: torch.Tensor) -> None:
     twin = prunegate.load(file)
     with torch.no_grad():
