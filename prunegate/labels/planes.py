@@ -6,12 +6,10 @@ label of any of its planes is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor
 
-__all__ = ["along", "compress", "pad_to", "place", "varying"]
+__all__ = ["compress", "pad_to", "place", "varying"]
 
 
 def varying(plane: Tensor) -> frozenset[int]:
@@ -39,9 +37,3 @@ def place(labels: Tensor, dim: int, ndim: int) -> Tensor:
     shape = [1] * ndim
     shape[dim] = labels.numel()
     return labels.reshape(shape)
-
-
-def along(planes: Iterable[Tensor], dims: Sequence[int]) -> list[Tensor]:
-    """The planes that vary along exactly the given dimensions."""
-    wanted = frozenset(dims)
-    return [plane for plane in planes if varying(plane) == wanted]
