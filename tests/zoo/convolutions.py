@@ -1,0 +1,175 @@
+"""Convolutions and what is put around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.base import Tricky, Unit, conv_in, conv_out, norm
+
+
+class Depthwise(Tricky):
+    """An inverted residual's depthwise convolution passes channels through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.dw = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.bn, self.project, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.bn(self.dw(F.relu6(self.expand(x)))))
+        return self.head(self.project(x).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(8):
+            yield conv_out("expand", i) | conv_out("dw", i) | norm("bn", i) | conv_in("project", i)
+        for i in range(4):
+            yield conv_out("project", i) | conv_in("head", i)
+
+
+class Transposed(Tricky):
+    """A transposed convolution has its input channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.up, self.b = nn.Conv2d(3, 5, 3), nn.ConvTranspose2d(5, 6, 2, stride=2), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.up(self.a(x).relu()).relu()).mean((2, 3))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("a", i) | {("up.weight", 0): (i,)}
+        for i in range(6):
+            yield {("up.weight", 1): (i,), ("up.bias", 0): (i,)} | conv_in("b", i)
+
+
+class ChannelShuffle(Tricky):
+    """A shuffle between a convolution and its consumer: view, transpose, view over two groups.
+
+    The channel dimension passes through a (2, 3) view, which must stay a box: of its two dimensions the longer stays
+    free, so position j of both halves is one unit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.head(self.b(x).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for j in range(3):
+            yield conv_out("a", j, 3 + j) | conv_in("b", 2 * j, 2 * j + 1)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
+class SqueezeExcite(Tricky):
+    """The gate of a squeeze-and-excite branch has the channels that it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.down, self.up = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.a(x))
+        x = x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(x.mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("a", i) | conv_in("down", i) | conv_out("up", i) | conv_in("head", i)
+        for i in range(4):
+            yield conv_out("down", i) | conv_in("up", i)
+
+
+class NormAfterFlatten(Tricky):
+    """Flattening 4 channels of 3x3 positions makes 36 features; a channel takes its nine with it."""
+
+    input_shape = (2, 3, 5, 5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm1d(36), nn.Linear(36, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.a(x).relu().flatten(1)).relu())
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            features = tuple(range(9 * i, 9 * i + 9))
+            yield conv_out("a", i) | norm("bn", *features) | conv_in("fc", *features)
+
+
+class StandardisedWeights(Tricky):
+    """Each filter is standardised over its fan-in, so cutting inputs changes what is left of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        w = self.b.weight
+        w = F.batch_norm(w.reshape(1, 4, -1), None, None, training=True, eps=1e-5).reshape_as(w)
+        return self.head(F.conv2d(x, w, self.b.bias).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("a", i) | conv_in("b", i)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
+class SplitAttention(Tricky):
+    """Two wide groups are weighed against each other by a softmax; the same channel of both groups is one unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.fc1, self.fc2, self.head = nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu()
+        b, c, h, w = x.shape
+        x = x.reshape(b, 2, c // 2, h, w)
+        weights = self.fc2(self.fc1(x.sum(1).mean((2, 3), keepdim=True)).relu())
+        weights = weights.view(b, 2, c // 2, 1, 1).softmax(1)
+        return self.head((x * weights).sum(1).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("conv", i, 4 + i) | conv_in("fc1", i) | conv_out("fc2", i, 4 + i) | conv_in("head", i)
+        for i in range(3):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+
+
+class DynamicWeights(Tricky):
+    """The weight is a mixture of experts by the input: derived first, then consumed. An expert is a unit, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.route, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5, 2), nn.Linear(4, 2)
+        self.experts = nn.Parameter(torch.randn(2, 4, 5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        share = self.route(x.mean((2, 3)).mean(0)).sigmoid()
+        weight = (share[:, None, None, None, None] * self.experts).sum(0)
+        return self.head(F.conv2d(x, weight).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("a", i) | conv_in("route", i) | {("experts", 2): (i,)}
+        for i in range(4):
+            yield {("experts", 1): (i,)} | conv_in("head", i)
+        for e in range(2):
+            yield conv_out("route", e) | {("experts", 0): (e,)}

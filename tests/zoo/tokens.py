@@ -1,0 +1,140 @@
+"""Tokens, windows and sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.zoo.base import Tricky, Unit, affine, conv_in, conv_out
+
+
+class GluByChunk(Tricky):
+    """Row i and row i + 5 of one layer become value and gate of one unit."""
+
+    input_shape = (2, 4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(6, 10), nn.LayerNorm(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(self.norm(F.silu(gate) * value)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("fc1", i, 5 + i) | affine("norm", i) | conv_in("fc2", i)
+
+
+class Embedding(Tricky):
+    """Columns of a table are units, its rows are chosen by the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.fc = nn.Embedding(10, 6), nn.Linear(6, 3)
+
+    def example(self) -> Tensor:
+        return torch.randint(0, 10, (2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.table(x).tanh()).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield {("table.weight", 1): (i,)} | conv_in("fc", i)
+
+
+class TokenMixing(Tricky):
+    """A mixer's token MLP has units of its own; tokens themselves are positions of the input and stay."""
+
+    input_shape = (2, 6, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.fc1, self.fc2, self.head = nn.Linear(4, 5), nn.Linear(6, 7), nn.Linear(7, 6), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.fc2(self.fc1(x.transpose(1, 2)).relu()).transpose(1, 2)
+        return self.head(x.mean(1))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("embed", i) | conv_in("head", i)
+        for i in range(7):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+
+
+class Recurrent(Tricky):
+    """A recurrent layer: four gates of one hidden unit go together, in both of its matrices."""
+
+    input_shape = (2, 4, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = nn.Linear(3, 4), nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0]).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("embed", i) | {("rnn.weight_ih_l0", 1): (i,)}
+        for i in range(5):
+            gates = tuple(5 * gate + i for gate in range(4))
+            rows = {(f"rnn.{name}", 0): gates for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")}
+            yield rows | {("rnn.weight_hh_l0", 1): (i,)} | conv_in("head", i)
+
+
+class WindowShift(Tricky):
+    """Windows are cut out, shifted and put back; channels pass through as they are."""
+
+    input_shape = (2, 3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Conv2d(3, 6, 1), nn.LayerNorm(6)
+        self.fc1, self.fc2, self.merge, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(24, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).permute(0, 2, 3, 1)
+        y = torch.roll(self.norm(x), (-2, -2), (1, 2))
+        b, h, w, c = y.shape
+        y = y.view(b, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        y = self.fc2(F.gelu(self.fc1(y)))
+        y = y.view(b, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        x = x + torch.roll(y, (2, 2), (1, 2))
+        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
+        return self.head(self.merge(x).mean((1, 2)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            corners = conv_in("merge", *(6 * corner + i for corner in range(4)))
+            yield conv_out("embed", i) | affine("norm", i) | conv_in("fc1", i) | conv_out("fc2", i) | corners
+        for i in range(5):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+        for i in range(4):
+            yield conv_out("merge", i) | conv_in("head", i)
+
+
+class ClassToken(Tricky):
+    """A class token and position embeddings belong to the stream; positions themselves stay."""
+
+    input_shape = (2, 3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6), nn.Linear(6, 2)
+        self.token, self.pos = nn.Parameter(torch.zeros(1, 1, 6)), nn.Parameter(torch.zeros(1, 5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.pos
+        return self.head(self.norm(x)[:, 0])
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("embed", i) | {("token", 2): (i,), ("pos", 2): (i,)} | affine("norm", i) | conv_in("head", i)
