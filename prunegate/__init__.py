@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prunegate.gumbel import gumbel_softmax as gumbel_softmax
     from prunegate.plan import Plan as Plan
     from prunegate.slim.apply import apply_plan as apply_plan
+    from prunegate.stand_alone import Gate as Gate
 
 _HOME = {
     "attach": "attaching",
@@ -45,6 +46,7 @@ _HOME = {
     "PruneGateError": "errors",
     "SamplerError": "errors",
     "count_flops": "flops",
+    "Gate": "stand_alone",
     "GatedModel": "gated",
     "gumbel_sigmoid": "gumbel",
     "gumbel_softmax": "gumbel",

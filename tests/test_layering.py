@@ -20,6 +20,7 @@ LAYERS = (
     "tensors",
     "plan",
     "gumbel",
+    "stand_alone",
     "labels.unionfind",
     "labels.planes",
     "labels.record",
