@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prunegate.gated import GatedModel as GatedModel
     from prunegate.gumbel import gumbel_sigmoid as gumbel_sigmoid
     from prunegate.gumbel import gumbel_softmax as gumbel_softmax
+    from prunegate.oneshot import one_shot as one_shot
     from prunegate.plan import Plan as Plan
     from prunegate.slim.apply import apply_plan as apply_plan
     from prunegate.stand_alone import Gate as Gate
@@ -50,6 +51,7 @@ _HOME = {
     "GatedModel": "gated",
     "gumbel_sigmoid": "gumbel",
     "gumbel_softmax": "gumbel",
+    "one_shot": "oneshot",
     "Plan": "plan",
     "apply_plan": "slim.apply",
 }
