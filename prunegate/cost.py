@@ -12,7 +12,9 @@ from prunegate.flops import call_terms, op_terms
 from prunegate.gates import Gates
 from prunegate.groups import GateMap
 from prunegate.labels.record import FrameRecord, Node
+from prunegate.labels.paths import Path
 from prunegate.labels.trace import Trace
+from prunegate.operators import PathLengths
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
 __all__ = ["Cost"]
@@ -41,23 +43,28 @@ class Cost:
         """Counts the operations and parameters of a labelled forward."""
         n = gate_map.n_gates
         lengths = _Lengths(trace, gate_map)
-        flops, params = PolynomialBuilder(n), PolynomialBuilder(n)
+        paths = PathLengths(trace, gate_map)
+        start = gate_map.start()
+        flops, params = PolynomialBuilder(n, start), PolynomialBuilder(n, start)
         parts: dict[str, list[Term]] = {}
 
-        def count(frame: FrameRecord | None, terms: Any) -> None:
+        def count(frame: FrameRecord | None, terms: Any, path: Path) -> None:
             for coefficient, dims in terms:
-                factors = [lengths.of(node, dim) for node, dim in dims]
+                factors = [lengths.of(node, dim) for node, dim in dims] + paths.of(path)
                 flops.add(coefficient, factors)
                 parts.setdefault(trace.algebra.module_name(frame), []).append((coefficient, factors))
 
         for op in trace.ops:
-            count(op.call.frame if op.call else None, op_terms(op.name, op.args, op.kwargs, op.out))
+            count(op.call.frame if op.call else None, op_terms(op.name, op.args, op.kwargs, op.out), op.path)
         for call in trace.calls:
-            count(call.frame, call_terms(call.name, call.args, call.kwargs, call.out))
+            count(call.frame, call_terms(call.name, call.args, call.kwargs, call.out), call.path)
         for name in trace.tensors:
             if name in trace.parameters:
                 node = trace.tensors[name]
-                params.add(1, [lengths.of(node, dim) for dim in range(node.ndim)])
+                shared = paths.shared_positions(name)
+                own = [lengths.of(node, dim) for dim in range(node.ndim) if dim not in shared]
+                for coefficient, there in paths.of_parameter(name):
+                    params.add(coefficient, [*own, *shared.values(), *there])
         return cls({"flops": flops.build(), "params": params.build()}, parts, gates)
 
     def of(self, gates: Gates) -> Cost:
@@ -84,7 +91,7 @@ class Cost:
         """FLOPs of each module's own operations, by qualified name; they add up to :meth:`flops`."""
         costs = {}
         for name, terms in self.parts.items():
-            builder = PolynomialBuilder(self.polynomials["flops"].n_gates)
+            builder = PolynomialBuilder(self.polynomials["flops"].n_gates, self.polynomials["flops"].start)
             for coefficient, factors in terms:
                 builder.add(coefficient, factors)
             costs[name] = _exact(builder.build(), mask)
@@ -101,17 +108,23 @@ class _Lengths:
     def __init__(self, trace: Trace, gate_map: GateMap) -> None:
         self._trace = trace
         self._of_label = gate_map.of_label
-        self._known: dict[tuple[int, int], int | Tensor] = {}
+        # By identity of the plane, which is kept so that the identity stays its own.
+        self._known: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._equal: dict[bytes, Tensor] = {}
 
     def of(self, node: Node, dim: int) -> int | Tensor:
         """The length of ``node`` along ``dim``."""
-        key = (node.uid, dim)
-        if key not in self._known:
-            labels = self._trace.along(node, dim)
-            gates = None if labels is None else self._of_label[labels]
-            if gates is None or not bool((gates >= 0).any()):
-                self._known[key] = node.shape[dim]
-            else:  # one tensor for equal lengths: the builder knows it again
-                self._known[key] = self._equal.setdefault(gates.numpy().tobytes(), gates)
-        return self._known[key]
+        plane = self._trace.plane_along(node, dim)
+        if plane is None:
+            return node.shape[dim]
+        known = self._known.get(id(plane))
+        if known is None:
+            known = self._known[id(plane)] = plane, self._gates(plane.flatten())
+        return node.shape[dim] if known[1] is None else known[1]
+
+    def _gates(self, labels: Tensor) -> Tensor | None:
+        gates = self._of_label[labels]
+        if not bool((gates >= 0).any()):
+            return None
+        # One tensor for equal lengths: the builder knows it again.
+        return self._equal.setdefault(gates.numpy().tobytes(), gates)

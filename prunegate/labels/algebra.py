@@ -68,6 +68,9 @@ class Algebra:
     kinds: list[tuple[str, Tensor]] = field(default_factory=list)
     op: Op | None = None
     module_name: Callable[[FrameRecord | None], str] = lambda frame: ""
+    # Many nodes share a raw plane. For each, by identity: the plane and its canonical form, None where all is frozen.
+    _canonical: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _canonical_at: int = -1
 
     # ------------------------------------------------------------------ reading and writing planes
 
@@ -85,15 +88,20 @@ class Algebra:
         self.labels.settle()
         if node.known_at == self.labels.version and node.known is not None:
             return node.known
-        planes = []
-        for plane in node.planes:
-            plane = compress(self.labels.find(plane))
-            if bool(plane.any()):  # FROZEN is 0
-                planes.append(plane)
+        planes = [plane for plane in map(self._canonical_of, node.planes) if plane is not None]
         if len(planes) > 1:
             planes = self._one_per_dims(planes)
         node.known, node.known_at = planes, self.labels.version
         return planes
+
+    def _canonical_of(self, raw: Tensor) -> Tensor | None:
+        if self._canonical_at != self.labels.version:
+            self._canonical, self._canonical_at = {}, self.labels.version
+        found = self._canonical.get(id(raw))
+        if found is None:
+            plane = compress(self.labels.find(raw))
+            found = self._canonical[id(raw)] = raw, plane if bool(plane.any()) else None  # FROZEN is 0
+        return found[1]
 
     def put(self, node: Node, planes: Iterable[Tensor]) -> None:
         """Gives ``node`` its planes."""

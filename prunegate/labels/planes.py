@@ -14,7 +14,7 @@ __all__ = ["compress", "pad_to", "place", "varying"]
 
 def varying(plane: Tensor) -> frozenset[int]:
     """The dimensions along which ``plane`` has more than one position."""
-    return frozenset(dim for dim, size in enumerate(plane.shape) if size > 1)
+    return frozenset([dim for dim, size in enumerate(plane.shape) if size > 1])
 
 
 def compress(plane: Tensor) -> Tensor:

@@ -1,29 +1,39 @@
-"""Results of the heavy operations without computing them.
+"""Results without computing them.
 
-Labels depend on shapes, never on activation values, and a forward's time is in its contractions. So while a model is
-traced, convolutions and matrix products return zeros of the right shape and layout. Whatever is out of the ordinary
-(types or devices that differ, sizes that do not fit) is left to the real operation, which says what is wrong.
+Labels depend on shapes, never on activation values, and a forward's time is in its values. So while a model is traced,
+convolutions and matrix products return *blanks*: tensors of the right shape and layout that nobody computed. What
+element-wise operations, eval-mode batch norms, layer norms, softmaxes and concatenations make of blanks alone in
+shape, is blank too. Whatever is out of the ordinary (types or devices that differ, sizes that do not fit, layouts that
+are neither contiguous nor channels-last) is left to the real operation, which says what is wrong.
+
+All blanks of one type share one piece of memory, zeros at first. Real operations may write into it in place, so the
+values of a blank mean nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["ShapesOnly", "result_without_computing"]
+__all__ = ["Blanks", "ShapesOnly", "plain_name"]
+
+_BLANK = "_prunegate_blank"
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Runs a model for its shapes: contractions give zeros, the rest is computed."""
+    """Runs a model for its shapes: heavy operations give blanks, the rest is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._blanks = Blanks()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs or skips one operation."""
-        result = None if kwargs else result_without_computing(plain_name(func), args)
-        return func(*args, **(kwargs or {})) if result is None else result
+        return self._blanks.run(func, plain_name(func), args, kwargs or {})
 
 
 def plain_name(func: Any) -> str:
@@ -32,22 +42,158 @@ def plain_name(func: Any) -> str:
     return name
 
 
-def result_without_computing(name: str, args: Sequence[Any]) -> Tensor | None:
-    """What the ATen operation ``name`` would return, as zeros; ``None`` where the operation must run."""
-    shape = _SHAPES.get(name)
-    if shape is None:
+class Blanks:
+    """Makes blanks and knows them again. One for each run of a model."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def run(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the ATen operation ``func``, by its plain name ``name``, returns: blank where possible."""
+        contraction = _CONTRACTIONS.get(name)
+        if contraction is not None and not kwargs:
+            result = self._contraction(contraction, args)
+            if result is not None:
+                return result
+        skip = _SKIPS.get(name)
+        if skip is not None and any(map(_is_blank, args[0] if name == "cat" else args)):
+            result = skip(self, func, args, kwargs)
+            if result is not None:
+                return result
+        result = func(*args, **kwargs)
+        if func.is_view and isinstance(result, Tensor) and _is_blank(args[0]):
+            setattr(result, _BLANK, True)
+        return result
+
+    def make(self, sizes: Sequence[int], like: Tensor, channels_last: bool = False) -> Tensor:
+        """A blank of these sizes and of the type and device of ``like``."""
+        count = 1
+        for size in sizes:
+            count *= size
+        key = like.dtype, like.device
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < count:
+            memory = self._memory[key] = torch.zeros(count, dtype=like.dtype, device=like.device)
+        if channels_last:
+            batch, channels, height, width = sizes
+            blank = memory[:count].view(batch, height, width, channels).permute(0, 3, 1, 2)
+        else:
+            blank = memory[:count].view(tuple(sizes))
+        setattr(blank, _BLANK, True)
+        return blank
+
+    def again(self, blank: Tensor) -> Tensor:
+        """Another blank like ``blank``."""
+        other = blank.detach()
+        setattr(other, _BLANK, True)
+        return other
+
+    def _contraction(self, shape: Callable[..., list[int] | None], args: Sequence[Any]) -> Tensor | None:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        first = tensors[0]
+        if not first.is_floating_point():
+            return None
+        if any(t.dtype != first.dtype or t.device != first.device or t.layout != torch.strided for t in tensors):
+            return None
+        sizes = shape(*args)
+        if sizes is None:
+            return None
+        return self.make(sizes, first, shape is _convolution and _channels_last(args[0], args[1]))
+
+
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, Tensor) and hasattr(value, _BLANK)
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+# ---------------------------------------------------------------------- what keeps a blank blank
+
+
+def _pointwise(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    in_place = func._schema.is_mutable
+    first = tensors[0] if in_place else max((t for t in tensors if _is_blank(t)), key=Tensor.numel)
+    if not _is_blank(first) or not _is_ordinary(first):
         return None
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    for other in tensors:
+        if other is not first:
+            if other.dtype != first.dtype or other.device != first.device or not _broadcasts(other, first):
+                return None
+    return first if in_place else blanks.again(first)
+
+
+def _broadcasts(other: Tensor, to: Tensor) -> bool:
+    offset = to.dim() - other.dim()
+    return offset >= 0 and all(size in (1, to.shape[offset + dim]) for dim, size in enumerate(other.shape))
+
+
+def _clone(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    layout = kwargs.get("memory_format")
+    if layout == torch.contiguous_format:
+        return blanks.make(args[0].shape, args[0])
+    return blanks.again(args[0]) if layout is None and _is_ordinary(args[0]) else None
+
+
+def _batch_norm(blanks: Blanks, func: Any, args: Sequence[Any],
+                kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    source, training = args[0], args[5]
+    if kwargs or training or not _is_ordinary(source):
+        return None
+    if any(isinstance(vector, Tensor) and vector.shape != (source.shape[1],) for vector in args[1:5]):
+        return None
+    return blanks.again(source), source.new_empty(0), source.new_empty(0)
+
+
+def _layer_norm(blanks: Blanks, func: Any, args: Sequence[Any],
+                kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:  # fmt: skip
+    source, shape = args[:2]
+    n = len(shape)
+    if kwargs or not source.is_contiguous() or list(source.shape[-n:]) != list(shape):
+        return None
+    if any(isinstance(affine, Tensor) and (list(affine.shape) != list(shape) or affine.dtype != source.dtype)
+           for affine in args[2:4]):  # fmt: skip
+        return None
+    statistics = [*source.shape[:-n], *[1] * n]
+    return blanks.again(source), blanks.make(statistics, source), blanks.make(statistics, source)
+
+
+def _softmax(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    source, _, to_float = args
+    return blanks.again(source) if source.is_contiguous() and not to_float and not kwargs else None
+
+
+def _cat(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = tensors[0]
-    if any(t.dtype != first.dtype or t.device != first.device or t.layout != torch.strided for t in tensors):
-        return None
-    sizes = shape(*args)
-    if sizes is None:
-        return None
-    result = torch.zeros(sizes, dtype=first.dtype, device=first.device)
-    if name == "convolution" and _channels_last(args[0], args[1]):
-        return result.contiguous(memory_format=torch.channels_last)
-    return result
+    dim %= first.dim()
+    for other in tensors:
+        if other.dtype != first.dtype or other.device != first.device or not other.is_contiguous():
+            return None
+        if other.dim() != first.dim() or any(
+            a != b for at, (a, b) in enumerate(zip(other.shape, first.shape, strict=True)) if at != dim
+        ):
+            return None
+    sizes = list(first.shape)
+    sizes[dim] = sum(other.shape[dim] for other in tensors)
+    return blanks.make(sizes, first)
+
+
+_SKIPS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(
+        ("add", "sub", "mul", "div", "relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh",
+         "leaky_relu", "elu", "mish", "softplus", "exp", "clamp", "clamp_min"), _pointwise),
+    "clone": _clone,
+    "native_batch_norm": _batch_norm,
+    "native_layer_norm": _layer_norm,
+    "softmax": _softmax,
+    "cat": _cat,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- contractions
 
 
 def _channels_last(source: Tensor, weight: Tensor) -> bool:
@@ -88,7 +234,7 @@ def _bmm(a: Tensor, b: Tensor) -> list[int] | None:
     return [a.shape[0], a.shape[1], b.shape[2]] if fits else None
 
 
-_SHAPES: dict[str, Callable[..., list[int] | None]] = {
+_CONTRACTIONS: dict[str, Callable[..., list[int] | None]] = {
     "convolution": _convolution,
     "mm": _mm,
     "addmm": _addmm,

@@ -14,12 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunegate.choice import conducted
 from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
+from prunegate.labels.paths import ChoiceRecord, Paths
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
-from prunegate.labels.shapes import plain_name, result_without_computing
+from prunegate.labels.shapes import Blanks, plain_name
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 from prunegate.tensors import attributes_kept, named_tensors
 
@@ -51,6 +53,7 @@ class Trace:
         calls: The Python-level torch calls, in order.
         outputs: Nodes of the model's outputs.
         modules: Qualified name of every module, by identity.
+        choices: The choices all of whose operators were run, by name.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class Trace:
     modules: dict[int, str]
     parameters: frozenset[str]
     outputs: list[Node] = field(default_factory=list)
+    choices: Mapping[str, ChoiceRecord] = field(default_factory=dict)
 
     @property
     def precision(self) -> torch.dtype:
@@ -78,9 +82,14 @@ class Trace:
 
     def along(self, node: Node, dim: int) -> Tensor | None:
         """Canonical labels of ``node`` along ``dim``, int64 ``[node.shape[dim]]``; ``None`` where it has none."""
+        plane = self.plane_along(node, dim)
+        return None if plane is None else plane.flatten()
+
+    def plane_along(self, node: Node, dim: int) -> Tensor | None:
+        """The canonical plane of ``node`` along ``dim`` alone; nodes whose labels came from one plane share it."""
         for plane in self.algebra.get(node):
-            if varying(plane) == {dim}:
-                return plane.flatten()
+            if plane.shape[dim] > 1 and plane.shape[dim] == plane.numel():
+                return plane
         return None
 
 
@@ -102,20 +111,20 @@ def describe_inputs(inputs: Any) -> str:
 class _Dispatch(TorchDispatchMode):
     """Gives every tensor a node and lets labels flow through every ATen operation."""
 
-    def __init__(self, algebra: Algebra) -> None:
+    def __init__(self, algebra: Algebra, paths: Paths) -> None:
         super().__init__()
         self.algebra = algebra
+        self.paths = paths
         self.ops: list[Op] = []
         self.nodes: list[Node] = []
         self.call: Call | None = None
+        self.blanks = Blanks()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         node_args, node_kwargs = to_nodes(args), to_nodes(kwargs)
         name = plain_name(func)
-        out = None if kwargs else result_without_computing(name, args)
-        if out is None:
-            out = func(*args, **kwargs)
+        out = self.blanks.run(func, name, args, kwargs)
         inputs = list(nodes_in((node_args, node_kwargs)))
         depends = any(node.depends for node in inputs)
         out_nodes = to_nodes(out)
@@ -124,7 +133,7 @@ class _Dispatch(TorchDispatchMode):
             self.nodes.append(node)
             if func.is_view and inputs and node is not inputs[0]:
                 node.base = inputs[0].base or inputs[0]
-        op = Op(func, name, node_args, node_kwargs, out_nodes, self.call)
+        op = Op(func, name, node_args, node_kwargs, out_nodes, self.call, self.paths.current)
         self.ops.append(op)
         if name in MAKES_TENSORS or any(node.planes for node in inputs):
             apply_rule(self.algebra, op)
@@ -147,7 +156,8 @@ class _Record(TorchFunctionMode):
             if func is _DATA_GETTER:
                 setattr(out, _NODE, node_of(args[0]))
             return out
-        call = Call(func, name, to_nodes(args), to_nodes(kwargs), None, capture_frame(sys._getframe(1)))
+        call = Call(func, name, to_nodes(args), to_nodes(kwargs), None, capture_frame(sys._getframe(1)),
+                    self.dispatch.paths.current)  # fmt: skip
         outer, self.dispatch.call = self.dispatch.call, call
         try:
             out = func(*args, **kwargs)
@@ -207,13 +217,15 @@ def _evaluation(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
             torch.backends.mha.set_fastpath_enabled(attention)
 
 
-def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False) -> Trace:
+def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False,
+          choices: Mapping[str, ChoiceRecord] | None = None) -> Trace:  # fmt: skip
     """Labels every removable position of ``model`` by one forward in eval mode; the model is left as it was.
 
     Args:
         model: The model.
         inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
         ignore: Says of a parameter's qualified name whether nothing in it may be removed.
+        choices: The choices to run every operator of, from ``find_choices``; others run their chosen one.
 
     Returns:
         The trace, its labels final: outputs frozen, dead and weak labels frozen, every tensor that Python sees a box.
@@ -224,7 +236,8 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
     algebra = Algebra()
     modules = {id(module): name for name, module in model.named_modules()}
     algebra.module_name = lambda frame: _owner_name(frame, modules)
-    dispatch = _Dispatch(algebra)
+    paths = Paths(choices or {})
+    dispatch = _Dispatch(algebra, paths)
     record = _Record(dispatch)
     tagged: list[Tensor] = []
     try:
@@ -235,7 +248,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
                 node_of(leaf).depends = True
         with _evaluation(model) as changed:
             try:
-                with dispatch, record:
+                with dispatch, record, conducted(paths):
                     output = call_model(model, inputs)
             except AttachError:
                 raise
@@ -252,7 +265,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
                 delattr(tensor, _NODE)
     result = Trace(
         model, algebra, tensors, aliases, changed, dispatch.nodes, dispatch.ops, record.calls,
-        modules, parameters, outputs
+        modules, parameters, outputs, choices or {}
     )  # fmt: skip
     _settle(result)
     return result
