@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunegate.labels.algebra import Consumption, Reduction
 from prunegate.labels.planes import varying
-from prunegate.labels.record import Call, Node, nodes_in
+from prunegate.labels.record import Call, Node, Op, nodes_in
 from prunegate.labels.trace import Trace
 from prunegate.labels.unionfind import FROZEN, Reason
 from prunegate.masked import MASKED_CALLS
@@ -102,7 +102,7 @@ def _live(trace: Trace) -> int:
 
 
 def _find_once(trace: Trace, locate: Locate) -> Sites:
-    origins = _Origins(trace)
+    origins, uses = _Origins(trace), _Uses(trace)
     parameters: dict[tuple[str, int], ParameterSite] = {}
     operands: dict[Hashable, OperandSite] = {}
     statistics: dict[Hashable, StatisticSite] = {}
@@ -110,6 +110,9 @@ def _find_once(trace: Trace, locate: Locate) -> Sites:
         if not _is_live(trace, event):
             continue
         owned = list(_parameter_sites(trace, origins, event))
+        # A parameter that is used in several ways is gated in this one alone, where its call can be edited.
+        if owned and uses.differ(event) and _add(operands, _operand_site(trace, event), locate):
+            continue
         for site in owned:
             parameters[site.name, site.dim] = site
         if not owned and not _add(operands, _operand_site(trace, event), locate):
@@ -133,11 +136,11 @@ def _add(found: dict[Hashable, Any], site: Any, locate: Locate) -> bool:
 
 
 def _freeze(trace: Trace, plane: Tensor, event: Consumption | Reduction, why: str) -> None:
-    trace.labels.freeze(plane, Reason(why, event.op.name, _module(trace, event)))
+    trace.labels.freeze(plane, Reason(why, event.op.name, _module(trace, event.op)))
 
 
-def _module(trace: Trace, event: Consumption | Reduction) -> str:
-    call = event.op.call
+def _module(trace: Trace, op: Op) -> str:
+    call = op.call
     return trace.algebra.module_name(call.frame if call else None)
 
 
@@ -172,6 +175,43 @@ class _Origins:
         return sorted(found)
 
 
+class _Uses:
+    """In how many ways each parameter is used: consumed along which dimensions, or not consumed at all."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        consumed = {
+            (id(event.op), node.uid): dims for event in trace.algebra.consumptions for node, dims in event.operands
+        }
+        self._ways: dict[tuple[str, ...], set[tuple[str, frozenset[int] | None]]] = {}
+        for op in trace.ops:
+            results = {node.source for node in nodes_in(op.out)}
+            for node in nodes_in((op.args, op.kwargs)):
+                if node.source is None or node.source.name is None or node.source in results:
+                    continue  # not a parameter, or a rearranged one, whose own uses count
+                dims = consumed.get((id(op), node.uid))
+                # In two layouts of one matrix the same dimension has two numbers: the raw labels tell.
+                own = None if dims is None else frozenset(_first_labels(node, dims))
+                self._ways.setdefault(self._key(node, op), set()).add((node.source.name, own))
+
+    def _key(self, node: Node, op: Op) -> tuple[str, ...]:
+        assert node.source is not None and node.source.name is not None
+        return tuple(_readers(self._trace, node.source.name, op))
+
+    def differ(self, event: Consumption) -> bool:
+        """Whether the parameter that ``event`` consumes is used in other ways, too, where it has the same name."""
+        for node, _ in reversed(event.operands):
+            if node.source is not None and node.source.name is not None:
+                return len(self._ways.get(self._key(node, event.op), ())) > 1
+        return False
+
+
+def _first_labels(node: Node, dims: frozenset[int]) -> Iterator[int]:
+    for plane in node.planes:
+        if varying(plane) and varying(plane) <= dims:
+            yield int(plane.flatten()[0])
+
+
 def _parameter_sites(trace: Trace, origins: _Origins, event: Consumption) -> Iterator[ParameterSite]:
     for node, dims in reversed(event.operands):
         if node.source is None or node.source.name is None:
@@ -181,17 +221,17 @@ def _parameter_sites(trace: Trace, origins: _Origins, event: Consumption) -> Ite
             if labels is not None:
                 shape = [1] * node.source.ndim
                 shape[dim] = labels.numel()
-                for name in _readers(trace, node.source.name, event):
+                for name in _readers(trace, node.source.name, event.op):
                     yield ParameterSite(name, dim, labels.reshape(shape))
         return
 
 
-def _readers(trace: Trace, name: str, event: Consumption) -> list[str]:
-    """The names by which a (perhaps tied) parameter is read at this event."""
+def _readers(trace: Trace, name: str, op: Op) -> list[str]:
+    """The names by which a (perhaps tied) parameter is read in this operation."""
     names = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
     if len(names) == 1:
         return names
-    module = _module(trace, event)
+    module = _module(trace, op)
     own = [each for each in names if each.rpartition(".")[0] == module]
     return own or names
 

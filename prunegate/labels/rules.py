@@ -522,6 +522,15 @@ def _grouped(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor |
         return labels.find(outputs)
     if inputs is not None:
         algebra.freeze(inputs, "positions inside a convolution's group")
+    if outputs is None and channels is not None and 0 in weight.repeated:
+        # One filter for every group: a view that repeats it has no positions of its own, and can repeat it less often.
+        outputs = labels.fresh(weight.shape[0], strong=False)
+        algebra.put(weight, [*algebra.get(weight), place(outputs, 0, weight.ndim)])
+    elif outputs is not None and _alike_in_groups(algebra, outputs, groups):
+        # Samples that became groups: each group has the same units, which share no labels with what it reads.
+        if channels is not None:
+            algebra.freeze(channels, "grouped convolution: meets positions that cannot be removed")
+        return labels.find(outputs)
     if channels is None or outputs is None:
         for plane in (channels, outputs):
             if plane is not None:
@@ -534,6 +543,12 @@ def _grouped(algebra: Algebra, op: Op, channels: Tensor | None, inputs: Tensor |
     if per_group > 1:
         algebra.kinds.append(("conv_group", rows[:, :1]))
     return labels.find(outputs)
+
+
+def _alike_in_groups(algebra: Algebra, outputs: Tensor, groups: int) -> bool:
+    """Whether several positions of a group carry different labels, and those of all groups the same."""
+    rows = algebra.labels.find(outputs).view(groups, -1)
+    return bool((rows == rows[:1]).all() and (rows != rows[:, :1]).any())
 
 
 def _transposed_grouped(algebra: Algebra, channels: Tensor | None, inputs: Tensor | None, outputs: Tensor | None,

@@ -173,3 +173,176 @@ class DynamicWeights(Tricky):
             yield {("experts", 1): (i,)} | conv_in("head", i)
         for e in range(2):
             yield conv_out("route", e) | {("experts", 0): (e,)}
+
+
+class NeighbouringChannels(Tricky):
+    """A gate (ECA) made by a convolution along the channels: what stands beside a channel matters, so all of them stay.
+
+    The branch inside has channels of its own, which are free.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 1), nn.Conv2d(5, 6, 1)
+        self.eca, self.head = nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.b(self.a(x).relu())
+        gate = self.eca(y.mean((2, 3)).view(y.shape[0], 1, -1)).sigmoid()
+        x = x + 9 * y * gate.view(y.shape[0], -1, 1, 1).expand_as(y)
+        return self.head(x.mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("a", i) | conv_in("b", i)
+
+
+class SelectiveKernel(Tricky):
+    """Two kernels see the same input; a softmax over the two weighs them, channel by channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.small, self.large = nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 3, padding=1)
+        self.reduce, self.bn, self.select = nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 10, 1)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        paths = torch.stack([self.small(x).relu(), self.large(x).relu()], dim=1)
+        attention = self.select(self.bn(self.reduce(paths.sum(1).mean((2, 3), keepdim=True))).relu())
+        b, c, _, _ = attention.shape
+        attention = attention.view(b, 2, c // 2, 1, 1).softmax(dim=1)
+        return self.head((paths * attention).sum(dim=1).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("stem", i) | conv_in("small", i) | conv_in("large", i)
+        for i in range(5):
+            both = conv_out("small", i) | conv_out("large", i) | conv_in("reduce", i)
+            yield both | conv_out("select", i, 5 + i) | conv_in("head", i)
+        for i in range(3):
+            yield conv_out("reduce", i) | norm("bn", i) | conv_in("select", i)
+
+
+class BlurByTable(Tricky):
+    """Anti-aliased pooling: a depthwise filter that is a buffer, one row a channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("taps", (taps[:, None] * taps)[None, None].repeat(6, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.a(x).relu(), (1, 1, 1, 1), "reflect")
+        x = F.conv2d(x, self.taps, stride=2, groups=self.taps.shape[0])
+        return self.head(self.b(x).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("a", i) | {("taps", 0): (i,)} | conv_in("b", i)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
+class BlurByExpansion(Tricky):
+    """The same with one filter that is expanded to the number of channels, which an attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels = 6
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+        taps = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("taps", (taps[:, None] * taps)[None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(self.a(x).relu(), (1, 1, 1, 1), "replicate")
+        x = F.conv2d(x, self.taps.expand(self.channels, -1, -1, -1), stride=2, groups=self.channels)
+        return self.head(self.b(x).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("a", i) | conv_in("b", i)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
+class Branches(Tricky):
+    """A convolution in its training form: three branches, the third of them a norm alone; :meth:`fuse` makes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5, 2)
+        self.wide, self.wide_bn = nn.Conv2d(5, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.point, self.point_bn = nn.Conv2d(5, 5, 1, bias=False), nn.BatchNorm2d(5)
+        self.skip_bn = nn.BatchNorm2d(5)
+        self.fused: nn.Conv2d | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.fused is None:
+            x = self.wide_bn(self.wide(x)) + self.point_bn(self.point(x)) + self.skip_bn(x)
+        else:
+            x = self.fused(x)
+        return self.head(x.relu().mean((2, 3)))
+
+    def fuse(self) -> None:
+        """Puts one convolution in the place of the three branches."""
+        channels, fan_in = self.wide.weight.shape[:2]
+        kernel, bias = 0, 0
+        identity = torch.eye(channels, dtype=self.wide.weight.dtype)[:, :, None, None]
+        pairs = ((self.wide.weight, self.wide_bn), (F.pad(self.point.weight, (1, 1, 1, 1)), self.point_bn),
+                 (F.pad(identity, (1, 1, 1, 1)), self.skip_bn))  # fmt: skip
+        for weight, bn in pairs:
+            scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+            kernel, bias = kernel + weight * scale[:, None, None, None], bias + bn.bias - bn.running_mean * scale
+        self.fused = nn.Conv2d(fan_in, channels, 3, padding=1, dtype=kernel.dtype)
+        self.fused.weight.data, self.fused.bias.data = kernel.detach(), bias.detach()
+        del self.wide, self.wide_bn, self.point, self.point_bn, self.skip_bn
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            norms = norm("wide_bn", i) | norm("point_bn", i) | norm("skip_bn", i)
+            square = {(f"{name}.weight", dim): (i,) for name in ("wide", "point") for dim in (0, 1)}
+            yield conv_out("stem", i) | square | norms | conv_in("head", i)
+
+
+class BranchesFused(Branches):
+    """The same in its inference form: what the branches tied together has come apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fuse()
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("stem", i) | conv_in("fused", i)
+            yield conv_out("fused", i) | conv_in("head", i)
+
+
+class ConditionalWeights(Tricky):
+    """Each sample has a filter of its own, mixed from flat experts; samples become groups of one convolution.
+
+    An output channel is a block of a flat expert. The input channels of a flat filter lie scattered in it: they stay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.route, self.head = nn.Conv2d(3, 5, 1), nn.Linear(5, 3), nn.Linear(4, 2)
+        self.experts = nn.Parameter(torch.randn(3, 4 * 5 * 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        b, c, h, w = x.shape
+        share = self.route(x.mean((2, 3))).sigmoid()
+        weight = (share @ self.experts).view(b * 4, 5, 3, 3)
+        x = F.conv2d(x.reshape(1, b * c, h, w), weight, padding=1, groups=b)
+        return self.head(x.view(b, 4, h, w).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield {("experts", 1): tuple(range(45 * i, 45 * i + 45))} | conv_in("head", i)
+        for e in range(3):
+            yield conv_out("route", e) | {("experts", 0): (e,)}

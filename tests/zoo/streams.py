@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.zoo.base import Tricky, Unit, conv_in, conv_out, norm
@@ -192,3 +193,129 @@ class GhostConcat(Tricky):
         for i in range(4):
             yield conv_out("a", i) | conv_out("cheap", i) | conv_in("b", i, 4 + i)
             yield conv_out("b", i) | conv_in("head", i)
+
+
+class Resolutions(Tricky):
+    """Two streams of different widths and resolutions exchange what they know (HRNet's fusion)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.high, self.low = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.up, self.up_bn = nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.down, self.down_bn = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.head = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = self.high(x).relu(), self.low(x).relu()
+        up = F.interpolate(self.up_bn(self.up(low)), scale_factor=2, mode="nearest")
+        high, low = (high + up).relu(), (low + self.down_bn(self.down(high))).relu()
+        return self.head(torch.cat([high.mean((2, 3)), low.mean((2, 3))], 1))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            made = conv_out("high", i) | conv_out("up", i, bias=False) | norm("up_bn", i)
+            yield made | conv_in("down", i) | conv_in("head", i)
+        for i in range(6):
+            made = conv_out("low", i) | conv_out("down", i, bias=False) | norm("down_bn", i)
+            yield made | conv_in("up", i) | conv_in("head", 4 + i)
+
+
+class DualPath(Tricky):
+    """A block's output is split: one part is added to a stream, the other is put beside what has grown so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 7, 1), nn.BatchNorm2d(7)
+        self.first, self.second = nn.Conv2d(7, 6, 1), nn.Conv2d(9, 6, 3, padding=1)
+        self.head = nn.Linear(11, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.stem(x))
+        stream, grown = x[:, :4], x[:, 4:]
+        for block in (self.first, self.second):
+            y = block(torch.cat([stream, grown], 1).relu())
+            stream, grown = stream + y[:, :4], torch.cat([grown, y[:, 4:]], 1)
+        return self.head(torch.cat([stream, grown], 1).mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            made = conv_out("stem", i) | norm("bn", i) | conv_out("first", i) | conv_out("second", i)
+            yield made | conv_in("first", i) | conv_in("second", i) | conv_in("head", i)
+        for i in range(4, 7):
+            made = conv_out("stem", i) | norm("bn", i)
+            yield made | conv_in("first", i) | conv_in("second", i) | conv_in("head", i)
+        for i in range(2):
+            yield conv_out("first", 4 + i) | conv_in("second", 7 + i) | conv_in("head", 7 + i)
+            yield conv_out("second", 4 + i) | conv_in("head", 9 + i)
+
+
+class Reversible(Tricky):
+    """Two halves of a stream, each the other's function: both halves of the stem, tied only by their own sums."""
+
+    input_shape = (2, 5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.f, self.g, self.head = nn.Linear(5, 8), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.stem(x).chunk(2, dim=-1)
+        left = left + self.f(right.relu())
+        right = right + self.g(left.relu())
+        return self.head(torch.cat([left, right], -1))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("stem", i) | conv_out("f", i) | conv_in("g", i) | conv_in("head", i)
+            yield conv_out("stem", 4 + i) | conv_out("g", i) | conv_in("f", i) | conv_in("head", 4 + i)
+
+
+class Dense(Tricky):
+    """A dense block: every layer reads all that came before it, each through a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 3 * i) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(4 + 3 * i, 3, 3, padding=1) for i in range(2))
+        self.head = nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for bn, conv in zip(self.norms, self.convs, strict=False):
+            features.append(conv(bn(torch.cat(features, 1)).relu()))
+        return self.head(self.norms[-1](torch.cat(features, 1)).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        def read(position: int, since: int) -> Unit:
+            norms = {key: at for i in range(since, 3) for key, at in norm(f"norms.{i}", position).items()}
+            convs = {key: at for i in range(since, 2) for key, at in conv_in(f"convs.{i}", position).items()}
+            return norms | convs | conv_in("head", position)
+
+        for i in range(4):
+            yield conv_out("stem", i) | read(i, 0)
+        for i in range(3):
+            yield conv_out("convs.0", i) | read(4 + i, 1)
+            yield conv_out("convs.1", i) | read(7 + i, 2)
+
+
+class ThereAndBack(Tricky):
+    """One parameter is used twice, the second time transposed: hidden units are its rows, in both uses."""
+
+    input_shape = (2, 5)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        hidden = F.linear(x, self.weight, self.bias).tanh()
+        return self.head((x + hidden @ self.weight).relu())
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            yield conv_out("embed", i) | {("weight", 1): (i,)} | conv_in("head", i)
+        for i in range(4):
+            yield {("weight", 0): (i,), ("bias", 0): (i,)}
