@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunegate.budget.latency import LatencyTable as LatencyTable
     from prunegate.checkpoint import load as load
     from prunegate.checkpoint import save as save
+    from prunegate.choice import Choice as Choice
     from prunegate.errors import AttachError as AttachError
     from prunegate.errors import BudgetError as BudgetError
     from prunegate.errors import CheckpointError as CheckpointError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from prunegate.gumbel import gumbel_softmax as gumbel_softmax
     from prunegate.oneshot import one_shot as one_shot
     from prunegate.plan import Plan as Plan
+    from prunegate.refitting import refit as refit
     from prunegate.slim.apply import apply_plan as apply_plan
     from prunegate.stand_alone import Gate as Gate
 
@@ -39,6 +41,7 @@ _HOME = {
     "load": "checkpoint",
     "save": "checkpoint",
     "AttachError": "errors",
+    "Choice": "choice",
     "BudgetError": "errors",
     "CheckpointError": "errors",
     "ExportError": "errors",
@@ -53,6 +56,7 @@ _HOME = {
     "gumbel_softmax": "gumbel",
     "one_shot": "oneshot",
     "Plan": "plan",
+    "refit": "refitting",
     "apply_plan": "slim.apply",
 }
 
