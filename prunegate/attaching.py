@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunegate.choice import Choice
 from prunegate.cost import Cost
 from prunegate.errors import AttachError
 from prunegate.gated import GatedModel, example_input_of
 from prunegate.groups import freeze_kinds, make_groups
 from prunegate.install import install, running_copy
+from prunegate.labels.paths import find_choices
 from prunegate.labels.record import Call
 from prunegate.labels.trace import trace
+from prunegate.operators import PATHS, OperatorSampler, add_choices
 from prunegate.sites import find_sites
 from prunegate.slim.locate import locate
 
@@ -25,7 +28,7 @@ _UNITS = ("channel", "head")
 
 
 def attach(model: nn.Module, example_input: Any = None, units: Collection[str] = _UNITS,
-           ignore: Collection[str] = ()) -> GatedModel:  # fmt: skip
+           ignore: Collection[str] = (), paths: str = "single", top_k: int = 2) -> GatedModel:  # fmt: skip
     """Puts a learnable gate on every removable unit of a model.
 
     The model is run once, in eval mode; it is not changed. The result shares its parameters and buffers.
@@ -36,7 +39,11 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
             For timm models it may be left out: a batch of one is made from the model's configuration.
         units: Which kinds get gates: ``"channel"`` (every kind that is not a head) and ``"head"``.
         ignore: Shell-style patterns of qualified module or parameter names; units that these parameters are part of
-            get no gate.
+            get no gate. A ``Choice`` that a pattern names keeps its first operator.
+        paths: Which operators of a ``Choice`` run in a training step of a search. ``"single"``: the one that is drawn,
+            at the memory of a fixed network. ``"topk"``: ``top_k`` of them; the output is that of the one that is
+            drawn, and the gradient compares them. ``"all"``: all, weighted by the relaxed sample.
+        top_k: See ``paths``.
 
     Returns:
         The gated model, all gates open.
@@ -53,9 +60,10 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
         >>> [group.size for group in gated.groups]
         [8]
     """
-    _check(model, units)
+    _check(model, units, paths, top_k)
     inputs = example_input_of(model) if example_input is None else example_input
-    traced = trace(model, inputs, ignore=_matcher(model, ignore))
+    ignored = _matcher(model, ignore)
+    traced = trace(model, inputs, ignore=ignored, choices=find_choices(model, ignored))
     freeze_kinds(traced, units)
 
     def place(call: Call) -> Any:
@@ -63,13 +71,15 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
 
     sites = find_sites(traced, place)
     groups, gate_map = make_groups(traced, sites.consumed)
+    groups, gate_map = add_choices(traced, groups, gate_map)
+    operators = OperatorSampler(gate_map.choices, paths, top_k) if gate_map.choices else None
     if not groups:
         raise AttachError(
             f"{type(model).__name__} has no unit that can be pruned: every dimension of its parameters is fixed by "
             "its inputs, its outputs or an operation without a rule"
         )
     running = running_copy(model)
-    gates = install(running, sites, gate_map, traced)
+    gates = install(running, sites, gate_map, traced, operators)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     gates.to(device)
     return GatedModel(
@@ -84,13 +94,18 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
     )
 
 
-def _check(model: nn.Module, units: Collection[str]) -> None:
+def _check(model: nn.Module, units: Collection[str], paths: str, top_k: int) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
     if any(isinstance(module, GatedModel) for module in model.modules()):
         raise AttachError("the model is gated already; export() it first, or attach to the original model")
     unknown = [unit for unit in units if unit not in _UNITS]
-    if isinstance(units, str) or unknown or not units:
+    if paths not in PATHS:
+        raise AttachError(f"paths={paths!r} was given; expected one of {PATHS}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 2:
+        raise AttachError(f"top_k={top_k!r} was given; expected how many operators run at once, 2 or more")
+    chooses = any(isinstance(module, Choice) for module in model.modules())
+    if isinstance(units, str) or unknown or not (units or chooses):
         raise AttachError(f"units={units!r} was given; expected one or more of {_UNITS}, in a tuple")
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from prunegate.flops import call_terms, op_terms
 from prunegate.gates import Gates
 from prunegate.groups import GateMap
-from prunegate.labels.record import FrameRecord, Node
 from prunegate.labels.paths import Path
+from prunegate.labels.record import FrameRecord, Node
 from prunegate.labels.trace import Trace
 from prunegate.operators import PathLengths
 from prunegate.polynomial import Polynomial, PolynomialBuilder
@@ -61,10 +61,10 @@ class Cost:
         for name in trace.tensors:
             if name in trace.parameters:
                 node = trace.tensors[name]
-                shared = paths.shared_positions(name)
-                own = [lengths.of(node, dim) for dim in range(node.ndim) if dim not in shared]
+                dims, shared = paths.shared_positions(name)
+                own = [lengths.of(node, dim) for dim in range(node.ndim) if dim not in dims]
                 for coefficient, there in paths.of_parameter(name):
-                    params.add(coefficient, [*own, *shared.values(), *there])
+                    params.add(coefficient, [*own, *shared, *there])
         return cls({"flops": flops.build(), "params": params.build()}, parts, gates)
 
     def of(self, gates: Gates) -> Cost:

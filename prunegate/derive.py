@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from prunegate.groups import GateMap
+from prunegate.labels.paths import is_active, paths_of_modules
 from prunegate.labels.record import Node
 from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import Trace, call_model
-from prunegate.plan import Plan
+from prunegate.operators import chosen_by
+from prunegate.plan import Chosen, Plan
+from prunegate.slim.choices import with_choices
 from prunegate.slim.derive import derive_plan
 from prunegate.tensors import attributes_kept, fit_inputs, set_attributes_back
 
@@ -37,7 +40,20 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
         labels = trace.along(node, dim)
         return None if labels is None else keep[labels]
 
-    tensors = {key: stays[gates] for key, gates in gate_map.dims.items()}
+    chosen = chosen_by(gate_map, mask)
+    there = paths_of_modules(trace.model, trace.choices) if chosen else {}
+    tensors = {
+        (name, dim): stays[gates]
+        for (name, dim), gates in gate_map.dims.items()
+        if is_active(there.get(name.rpartition(".")[0], ()), chosen)
+    }
+    choices = {
+        site: Chosen(record.options[chosen[group]], module.path_of(chosen[group]))
+        for group, record in trace.choices.items()
+        for site, module in record.sites.items()
+        if is_active(there[site], chosen)
+    }
+    calls = [call for call in trace.calls if is_active(call.path, chosen)]
     inputs = fit_inputs(example_input, trace.model)
 
     def run(slim: nn.Module) -> None:
@@ -45,4 +61,5 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
             set_attributes_back(slim, trace.changed)  # the model may have run since it was traced
             call_model(slim, inputs)
 
-    return derive_plan(trace.model, trace.calls, kept, tensors, run, inputs)
+    plan = derive_plan(trace.model, calls, kept, tensors, run, inputs, choices)
+    return with_choices(trace.model, plan)

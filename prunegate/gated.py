@@ -18,6 +18,7 @@ from prunegate.errors import AttachError, ExportError, MaskError
 from prunegate.gates import Gates
 from prunegate.groups import Frozen, GateMap, Group, find_frozen
 from prunegate.labels.trace import Trace, call_model
+from prunegate.operators import chosen_by
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan
 from prunegate.slim.replay import UnrepairableError
@@ -150,6 +151,33 @@ class GatedModel(nn.Module):
         gates.fixed_mask.copy_(checked)
         gates.phase = "fixed"
 
+    def choose(self, operators: Mapping[str, str]) -> None:
+        """Fixes the mask with these operators; units, and other choices, stay as they are in the current mask.
+
+        Args:
+            operators: Name of the operator by name of the choice (its module's qualified name, or its key).
+
+        Raises:
+            MaskError: There is no such choice or operator.
+        """
+        mask = self.mask
+        for name, operator in operators.items():
+            record = self.trace.choices.get(name)
+            if record is None:
+                raise MaskError(f"there is no choice {name!r}; there are {list(self.trace.choices)}")
+            if operator not in record.options:
+                raise MaskError(f"the choice {name!r} has no operator {operator!r}; it has {list(record.options)}")
+            own = self.gate_map.choices[name]
+            mask[own] = False
+            mask[own.start + record.options.index(operator)] = True
+        self.mask = mask
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """Name of the operator that the current mask leaves of each choice, by name of the choice."""
+        mask = self.mask.cpu()
+        return {name: self.trace.choices[name].options[index] for name, index in chosen_by(self.gate_map, mask).items()}
+
     def _check_mask(self, mask: Tensor | Sequence[bool]) -> Tensor:
         n = self.logits.numel()
         given = torch.as_tensor(mask)
@@ -164,6 +192,12 @@ class GatedModel(nn.Module):
                 "gated.logits"
             )
         given = given.detach().to("cpu")
+        for name, own in self.gate_map.choices.items():
+            if int(given[own].sum()) != 1:
+                raise MaskError(
+                    f"the mask keeps {int(given[own].sum())} operators of the choice {name!r} (gates {own.start} to "
+                    f"{own.stop - 1}); exactly one must stay"
+                )
         for (tensor, dim), index in self.gate_map.dims.items():
             if bool((index >= 0).all()) and not bool(given[index].any()):
                 group = self._group_of(int(index[0]))

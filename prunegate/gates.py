@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunegate.gumbel import gumbel_sigmoid
+from prunegate.operators import OperatorSampler, Route
 
 __all__ = ["NOISE_FLOOR", "Gates", "Phase", "Sample"]
 
@@ -28,6 +29,7 @@ class Sample:
 
     def __init__(self) -> None:
         self.pieces: Sequence[Tensor] | None = None
+        self.routes: Mapping[str, Route] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sample:
         duplicate = Sample()
@@ -55,14 +57,20 @@ class Gates(nn.Module):
         pieces: What sites multiply by: for each piece the gate of each of its positions, int64, in the shape in which
             it broadcasts against what it multiplies; -1 where a position is always there.
         sample: Where the gates of a step are put.
+        start: bool ``[n_gates]``, the mask of the model as it was given; every gate open if left out.
+        operators: Draws the operators of choices, whose gates are the last; ``None`` where there are none.
     """
 
     fixed_mask: Tensor
+    start: Tensor
     settings: Tensor
     index: Tensor
 
-    def __init__(self, n_gates: int, pieces: Sequence[Tensor], sample: Sample) -> None:
+    def __init__(self, n_gates: int, pieces: Sequence[Tensor], sample: Sample, start: Tensor | None = None,
+                 operators: OperatorSampler | None = None) -> None:  # fmt: skip
         super().__init__()
+        self.operators = operators
+        start = torch.ones(n_gates, dtype=torch.bool) if start is None else start
         self.logits = nn.Parameter(torch.zeros(n_gates))
         self.phase: Phase = "open"
         self.selector: Callable[[], Tensor] | None = None
@@ -72,7 +80,8 @@ class Gates(nn.Module):
         flat = torch.cat([piece.reshape(-1) for piece in pieces]) if pieces else torch.zeros(0).long()
         # Positions that are always there read the constant 1 that is appended to the gates.
         self.register_buffer("index", torch.where(flat < 0, n_gates, flat), persistent=False)
-        self.register_buffer("fixed_mask", torch.ones(n_gates, dtype=torch.bool), persistent=False)
+        self.register_buffer("fixed_mask", start.clone(), persistent=False)
+        self.register_buffer("start", start.clone(), persistent=False)
         # Temperature and noise are tensors so that a compiled step is not compiled again as they move.
         self.register_buffer("settings", torch.tensor([1.0, 1.0]), persistent=False)
         self._gathered: Tensor | None = None
@@ -98,7 +107,8 @@ class Gates(nn.Module):
 
     def probabilities(self) -> Tensor:
         """The chance that each gate is open, ``[n_gates]`` in (0, 1), differentiable."""
-        return torch.sigmoid(self.logits / self.settings[1].clamp(min=NOISE_FLOOR))
+        logits = self.logits / self.settings[1].clamp(min=NOISE_FLOOR)
+        return torch.sigmoid(logits) if self.operators is None else self.operators.probabilities(logits)
 
     def mask(self) -> Tensor:
         """The current hard mask, bool ``[n_gates]``."""
@@ -106,7 +116,7 @@ class Gates(nn.Module):
             return self.fixed_mask
         if self.phase == "search" and self.selector is not None:
             return self.selector()
-        return torch.ones_like(self.fixed_mask)
+        return self.start
 
     def draw(self, training: bool) -> None:
         """Sets the sample that consumers read, for the forward that follows.
@@ -115,7 +125,7 @@ class Gates(nn.Module):
         arXiv 1611.01144), so that closed gates learn too.
         """
         if self.phase == "open":
-            self.sample.pieces = None
+            self.sample.pieces = self.sample.routes = None
             return
         if self.phase == "score":
             gates = 1 + (self.logits - self.logits.detach())
@@ -125,9 +135,20 @@ class Gates(nn.Module):
         else:
             soft = torch.sigmoid(self.logits / self.settings[0])
             gates = self.mask().to(soft.dtype) + (soft - soft.detach())
+        if self.operators is not None:
+            self._draw_operators(self.operators, training)
         padded = torch.cat([gates, gates.new_ones(1)])
         pieces = padded.index_select(0, self.index).split(self._sizes)
         self.sample.pieces = tuple(piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True))
+
+    def _draw_operators(self, operators: OperatorSampler, training: bool) -> None:
+        noise = self.settings[1].clamp(min=NOISE_FLOOR)
+        if self.phase == "score":  # all operators train alike
+            self.sample.routes = operators.draw(torch.zeros_like(self.logits), self.settings[0])
+        elif self.phase == "search" and training:
+            self.sample.routes = operators.draw(self.logits / noise, self.settings[0] / noise)
+        else:
+            self.sample.routes = operators.fixed(self.mask())
 
     def take_gradient(self) -> Tensor | None:
         """The gradient of the logits gathered by backward passes since the last call, ``[n_gates]``, or ``None``."""

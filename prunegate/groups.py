@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Group:
 
     Attributes:
         name: Qualified name of the first module that produces the units; unique in the model.
-        kind: What a unit is: ``"channel"``, ``"head"``, ``"norm_group"`` or ``"conv_group"``.
+        kind: What a unit is: ``"channel"``, ``"head"``, ``"norm_group"`` or ``"conv_group"``; of a group of kind
+            ``"choice"``, whose units are operators, exactly one stays.
         slice: Where the group's gates stand in the model's flat vector of logits.
         members: The (tensor name, dimension) pairs from which a unit's positions are removed.
     """
@@ -71,11 +72,20 @@ class GateMap:
         of_label: Gate of every label, int64 ``[number of labels]``, ``ALWAYS`` where there is none.
         dims: For each (tensor name, dimension) that gates act on, the gate of each position, ``ALWAYS`` where none.
         n_gates: Number of gates.
+        choices: Where the gates of each choice of operators stand, by its name; they follow all others.
     """
 
     of_label: Tensor
     dims: Mapping[tuple[str, int], Tensor]
     n_gates: int
+    choices: Mapping[str, slice] = field(default_factory=dict)
+
+    def start(self) -> Tensor:
+        """The mask of the model as it was given: every unit, and the first operator of every choice."""
+        mask = torch.ones(self.n_gates, dtype=torch.bool)
+        for own in self.choices.values():
+            mask[own.start + 1 : own.stop] = False
+        return mask
 
 
 def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tuple[Group, ...], GateMap]:

@@ -20,6 +20,7 @@ from prunegate.groups import GateMap
 from prunegate.labels.record import Call
 from prunegate.labels.trace import Trace
 from prunegate.masked import MASKED_CALLS
+from prunegate.operators import OperatorSampler, route_choices
 from prunegate.plan import CallSite
 from prunegate.sites import OperandSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
@@ -61,7 +62,8 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     return copy.deepcopy(value, memo)
 
 
-def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -> Gates:
+def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace,
+            operators: OperatorSampler | None = None) -> Gates:  # fmt: skip
     """Installs every site into ``running`` and returns the gates that drive them.
 
     Args:
@@ -69,6 +71,7 @@ def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -
         sites: Where gates act.
         gate_map: From labels to gates.
         trace: The labelling that the sites were found in.
+        operators: Draws the operators of the model's choices, if it has any.
     """
     pieces = _Pieces(gate_map)
     sample = Sample()
@@ -94,8 +97,8 @@ def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace) -
         # A line that always does the same needs no count of its executions.
         wraps[place] = GatedCall(sample, turns[:1] if len(set(turns)) == 1 else turns, masked)
     wrap_calls(running, wraps)
-    gates = Gates(gate_map.n_gates, pieces.gates, sample)
-    return gates
+    route_choices(running, trace, sample)
+    return Gates(gate_map.n_gates, pieces.gates, sample, gate_map.start(), operators)
 
 
 _STATISTIC = -1

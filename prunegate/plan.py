@@ -10,12 +10,13 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from prunegate.errors import PlanError
 
-__all__ = ["Argument", "AttributeEdit", "CallEdit", "CallSite", "Change", "PerExecution", "Plan", "Ratio", "Step"]
+__all__ = ["Argument", "AttributeEdit", "CallEdit", "CallSite", "Change", "Chosen", "PerExecution", "Plan", "Ratio",
+           "Step"]  # fmt: skip
 
 FORMAT = 1
 """Version of the JSON form."""
@@ -133,6 +134,19 @@ class AttributeEdit:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """The operator that takes the place of a choice.
+
+    Attributes:
+        name: The operator's name.
+        path: Its qualified name below the choice.
+    """
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What stays of a model.
 
@@ -141,6 +155,8 @@ class Plan:
         kept: The positions that stay, in increasing order, by qualified name and dimension.
         attributes: Numbers that modules keep and that change.
         calls: Calls whose arguments change.
+        choices: The operator that takes the place of a ``Choice``, by the choice's qualified name. All names in a plan
+            are those of the model before the cut, with its choices.
 
     Raises:
         PlanError: The parts do not fit together.
@@ -150,6 +166,7 @@ class Plan:
     kept: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: tuple[AttributeEdit, ...] = ()
     calls: tuple[CallEdit, ...] = ()
+    choices: Mapping[str, Chosen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that the parts fit together."""
@@ -189,6 +206,7 @@ class Plan:
         Raises:
             PlanError: ``after`` was made for another model.
         """
+        after = _named_before(after, {site: each.path for site, each in self.choices.items()})
         dense = {**after.dense, **self.dense}
         kept: dict[str, Mapping[int, tuple[int, ...]]] = {**after.kept, **self.kept}
         for name in self.dense.keys() & after.dense.keys():
@@ -210,6 +228,7 @@ class Plan:
             {name: kept[name] for name in order},
             _compose_attributes(self.attributes, after.attributes),
             merge_calls((*self.calls, *after.calls)),
+            {**self.choices, **after.choices},
         )
 
     # ------------------------------------------------------------------ JSON
@@ -221,7 +240,7 @@ class Plan:
             name: {str(dim): sets.setdefault(tuple(positions), len(sets)) for dim, positions in dims.items()}
             for name, dims in self.kept.items()
         }
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "sets": [_ranges(positions) for positions in sets],
             "dense": {name: list(shape) for name, shape in self.dense.items()},
@@ -244,6 +263,8 @@ class Plan:
                 for edit in self.calls
             ],
         }  # fmt: skip
+        if self.choices:
+            document["choices"] = {site: [each.name, each.path] for site, each in self.choices.items()}
         return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -277,6 +298,33 @@ def merge_calls(edits: Iterable[CallEdit]) -> tuple[CallEdit, ...]:
     return tuple(
         CallEdit(site, tuple(Change(argument, value) for argument, value in changes.items()))
         for site, changes in sites.items()
+    )
+
+
+def _named_before(plan: Plan, paths: Mapping[str, str]) -> Plan:
+    """A plan for a model with operators in the place of choices, in the names that it had with the choices.
+
+    Args:
+        plan: The plan.
+        paths: What leads from a choice to the operator that stands in its place, by the choice's name.
+    """
+    if not paths:
+        return plan
+
+    def before(name: str) -> str:
+        found = ""
+        for step in ["", *name.split(".")] if name else [""]:
+            found = f"{found}.{step}" if found and step else found or step
+            while found in paths:
+                found = f"{found}.{paths[found]}" if found else paths[found]
+        return found
+
+    return Plan(
+        {before(name): shape for name, shape in plan.dense.items()},
+        {before(name): dims for name, dims in plan.kept.items()},
+        tuple(replace(edit, module=before(edit.module)) for edit in plan.attributes),
+        tuple(CallEdit(replace(edit.site, module=before(edit.site.module)), edit.changes) for edit in plan.calls),
+        {before(site): chosen for site, chosen in plan.choices.items()},
     )
 
 
@@ -334,7 +382,7 @@ class _Reader:
     def __init__(self, document: Any) -> None:
         self.document = self.mapping(document, "the plan")
         expected = {"format", "sets", "dense", "kept", "attributes", "calls"}
-        if set(self.document) != expected:
+        if set(self.document) - {"choices"} != expected:
             raise PlanError(f"not a plan: it has the keys {sorted(self.document)[:8]}, expected {sorted(expected)}")
         if self.document["format"] != FORMAT or isinstance(self.document["format"], bool):
             raise PlanError(
@@ -356,6 +404,10 @@ class _Reader:
             kept,
             tuple(self.attribute(item) for item in self.sequence(self.document["attributes"], "attributes")),
             tuple(self.call(item) for item in self.sequence(self.document["calls"], "calls")),
+            {
+                site: self.chosen(each)
+                for site, each in self.mapping(self.document.get("choices", {}), "choices").items()
+            },
         )
 
     @staticmethod
@@ -442,6 +494,10 @@ class _Reader:
         *via, last = steps
         site = CallSite(self.text(entry["module"], "a module"), last.function, last.call, last.ordinal, tuple(via))
         return CallEdit(site, tuple(self.change(item) for item in self.sequence(entry["changes"], "the changes")))
+
+    def chosen(self, value: Any) -> Chosen:
+        name, path = self.sequence(value, "a choice", 2)
+        return Chosen(self.text(name, "an operator's name"), self.text(path, "an operator's place"))
 
     def change(self, value: Any) -> Change:
         kind, index, name, new = self.sequence(value, "a change", 4)

@@ -35,10 +35,12 @@ class PolynomialBuilder:
 
     Args:
         n_gates: Number of gates.
+        start: bool ``[n_gates]``, the mask of what is called dense; every gate open if left out.
     """
 
-    def __init__(self, n_gates: int) -> None:
+    def __init__(self, n_gates: int, start: Tensor | None = None) -> None:
         self._n = n_gates
+        self._start = start
         self._terms: dict[tuple[int, ...], int] = {}
         self._lengths: list[tuple[int, Tensor, Tensor]] = []
         self._index: dict[tuple[int, bytes, bytes], int] = {}
@@ -106,7 +108,7 @@ class PolynomialBuilder:
             pairs = zip(found.tolist(), weights.tolist(), strict=True)
             lengths.append(_Length(constant, tuple(pairs)))
         terms = [(c, tuple(number[i] for i in key)) for key, c in self._terms.items() if c]
-        return Polynomial(torch.from_numpy(classes), lengths, terms)
+        return Polynomial(torch.from_numpy(classes), lengths, terms, self._start)
 
 
 class Polynomial:
@@ -116,11 +118,13 @@ class Polynomial:
         n_gates: Number of gates.
         classes: int64 ``[n_gates]``, the class of each gate: gates of one class enter every length alike.
         sizes: int64 ``[n_classes]``, number of gates of each class.
-        dense: The value with every gate open, an exact integer.
+        dense: The value with every gate open (or those that the builder was told), an exact integer.
+        start: bool ``[n_gates]``, the mask whose value that is.
         n_terms: Number of terms.
     """
 
-    def __init__(self, classes: Tensor, lengths: Sequence[_Length], terms: Sequence[tuple[int, tuple[int, ...]]]):
+    def __init__(self, classes: Tensor, lengths: Sequence[_Length], terms: Sequence[tuple[int, tuple[int, ...]]],
+                 start: Tensor | None = None) -> None:  # fmt: skip
         self.n_gates = classes.numel()
         self.classes = classes
         n_classes = int(classes.max()) + 1 if classes.numel() else 0
@@ -135,7 +139,8 @@ class Polynomial:
                 self._matrix[row, gate_class] = weight
         self._factors, self._coefficients = _pad(terms, len(lengths))
         self._moments = _Moments.of(lengths, terms, n_classes)
-        self.dense = self._value([int(size) for size in self.sizes])
+        self.start = torch.ones(self.n_gates, dtype=torch.bool) if start is None else start
+        self.dense = self.exact(self.start)
 
     def _value(self, counts: Sequence[int]) -> int:
         lengths = [length.constant + sum(w * counts[c] for c, w in length.weights) for length in self._lengths]

@@ -45,7 +45,7 @@ class Gate(nn.Module):
         >>> row.shape, int(gate().sum())
         (torch.Size([2]), 1)
         >>> gate.logits.data[2] = 5.0
-        >>> int(gate.index()), round(float(gate.entropy()), 2)
+        >>> int(gate.index()), round(gate.entropy().item(), 2)
         (2, 0.08)
     """
 

@@ -92,6 +92,7 @@ class Call:
         kwargs: Keyword arguments, likewise.
         out: What it returned, likewise.
         frame: Where it was called from.
+        path: The operators of choices that it is part of (see ``paths.py``).
     """
 
     func: Callable[..., Any]
@@ -100,6 +101,7 @@ class Call:
     kwargs: dict[str, Any]
     out: Any
     frame: FrameRecord | None
+    path: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +115,7 @@ class Op:
         kwargs: Keyword arguments, likewise.
         out: What it returned, likewise.
         call: The Python-level call that it is a part of, if there is one.
+        path: The operators of choices that it is part of (see ``paths.py``).
     """
 
     func: Callable[..., Any]
@@ -121,6 +124,7 @@ class Op:
     kwargs: dict[str, Any]
     out: Any
     call: Call | None
+    path: tuple[tuple[str, int], ...] = ()
 
 
 # Frames of these packages stand between the user's line and the mode that sees the call; they are never edited.

@@ -9,11 +9,12 @@ from torch import nn
 
 from prunegate.plan import Plan
 from prunegate.slim.attributes import check_attributes, follow_weights, set_attributes
+from prunegate.slim.choices import chosen_of, put_operators, settle_choices
 from prunegate.slim.edits import apply_edits
 from prunegate.slim.slicing import check_tensors, cut_tensors
 from prunegate.tensors import tensor_caches
 
-__all__ = ["apply_plan", "plan_of"]
+__all__ = ["apply_plan", "cut_model", "plan_of"]
 
 _PLAN = "_prunegate_plan"
 
@@ -38,6 +39,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PlanError: The plan was made for another model; nothing has changed then.
 
+    Where the plan chooses operators, they stand in the place of their choices.
+
     Example:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -46,6 +49,18 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         >>> apply_plan(net, Plan(dense, kept))[0]
         Linear(in_features=4, out_features=2, bias=True)
     """
+    slim = put_operators(cut_model(model, plan), plan)
+    slim.__dict__[_PLAN] = plan_of(model).compose(plan)
+    return slim
+
+
+def cut_model(model: nn.Module, plan: Plan) -> nn.Module:
+    """As :func:`apply_plan`, but choices stay where they are and run what the plan chooses.
+
+    Raises:
+        PlanError: The plan was made for another model.
+    """
+    chosen_of(model, plan)
     check_tensors(model, plan)
     check_attributes(model, plan.attributes)
     # Copying with the cut tensors already in the memo never holds a second dense model, and keeps tied ones tied.
@@ -57,5 +72,5 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     for cache in tensor_caches(slim):
         cache.clear()
     apply_edits(slim, plan.calls)
-    slim.__dict__[_PLAN] = plan_of(model).compose(plan)
+    settle_choices(slim, plan)
     return slim

@@ -25,13 +25,14 @@ from prunegate.plan import (
     CallEdit,
     CallSite,
     Change,
+    Chosen,
     PerExecution,
     Plan,
     Ratio,
     Value,
     merge_calls,
 )
-from prunegate.slim.apply import apply_plan
+from prunegate.slim.apply import cut_model
 from prunegate.slim.arguments import SEQUENCE, find_argument, gives_sequence, size_expressions
 from prunegate.slim.attributes import plain
 from prunegate.slim.edits import Edit, edit_module
@@ -52,7 +53,8 @@ AttributeKey = tuple[str, str]
 
 
 def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Mapping[tuple[str, int], Tensor],
-                run: Callable[[nn.Module], Any], inputs: Any = None) -> Plan:  # fmt: skip
+                run: Callable[[nn.Module], Any], inputs: Any = None,
+                choices: Mapping[str, Chosen] | None = None) -> Plan:  # fmt: skip
     """Finds the plan that cuts a model to what is kept.
 
     Args:
@@ -62,6 +64,7 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
         tensors: Which positions stay, bool, of the named tensors' dimensions.
         run: Runs a model on the input of the traced run.
         inputs: That input, where it is a tensor: with it the widths of intermediate features are found, too.
+        choices: The operators that take the place of choices; ``calls`` are those that are made then.
 
     Returns:
         The plan. The model that it leaves runs through the same calls, with results of the shapes that are kept.
@@ -69,7 +72,8 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
     Raises:
         UnrepairableError: A call cannot be made to follow; it names the traced tensors that stand in the way.
     """
-    return _Derivation(model, calls, Live(kept), _tensor_plan(model, tensors), run, inputs).plan()
+    draft = replace(_tensor_plan(model, tensors), choices=choices or {})
+    return _Derivation(model, calls, Live(kept), draft, run, inputs).plan()
 
 
 def _tensor_plan(model: nn.Module, tensors: Mapping[tuple[str, int], Tensor]) -> Plan:
@@ -116,7 +120,7 @@ class _Derivation:
         self.draft = draft
         self.run = run
         self.inputs = inputs
-        self.slim = apply_plan(model, draft).eval()
+        self.slim = cut_model(model, draft).eval()
         self.names = {id(module): name for name, module in self.slim.named_modules()}
         self.dense_names = {id(module): name for name, module in model.named_modules()}
         self.dense_modules = dict(model.named_modules())
@@ -145,6 +149,7 @@ class _Derivation:
                     self.draft.kept,
                     tuple(edit for edit in attributes.values() if edit.old != edit.new),
                     merge_calls(self.edits),
+                    self.draft.choices,
                 )
             if not self.repair(result):
                 finding = result.findings[0]
