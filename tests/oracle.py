@@ -141,6 +141,25 @@ class Oracle(TorchFunctionMode):
             var = var * n / (n - 1)
         return var if keepdim else var.sum(dims)
 
+    def do_std(self, func: Any, node: Node, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+        return self.do_var(torch.var, node, x, *args, **kw).sqrt()
+
+    def do_var_mean(self, func: Any, node: Node, x: Tensor, dim: Any = None, **kw: Any) -> tuple[Tensor, Tensor]:
+        keepdim = kw.get("keepdim", False)
+        return self.do_var(torch.var, node, x, dim, **kw), self.do_mean(torch.mean, node, x, dim, keepdim)
+
+    def do_rms_norm(self, func: Any, node: Node, x: Tensor, shape: Any, weight: Any = None, eps: Any = None) -> Tensor:
+        dims = list(range(x.dim() - len(shape), x.dim()))
+        w = self.gate(node, set(dims))
+        if w is None:
+            return func(x, shape, weight, eps)
+        y = x / (self.moments(x * x, w, dims)[1] + eps).sqrt()
+        return y if weight is None else y * weight
+
+    def do_norm(self, func: Any, node: Node, x: Tensor, *args: Any, **kw: Any) -> Tensor:
+        w = self.gate(node, set(self._reduced(x, kw.get("dim", args[1] if len(args) > 1 else None))))
+        return func(x if w is None else x * w, *args, **kw)
+
     def do_softmax(self, func: Any, node: Node, x: Tensor, dim: int, *args: Any, **kw: Any) -> Tensor:
         w = self.gate(node, {dim % x.dim()})
         if w is None:

@@ -263,7 +263,12 @@ def _subscript_item(given: Given, source: Node, dim: int, at: int, dense: Any, n
     if isinstance(dense, slice):
         start, stop, step = dense.indices(size)
         if step != 1:
-            raise Unrepairable("every so many of positions that can be removed")
+            kept = live.positions(source, dim)
+            assert kept is not None
+            wanted = torch.cumsum(kept, 0)[start:stop:step][kept[start:stop:step]] - 1
+            if wanted.tolist() != list(range(*now.indices(live.count(source, dim)))):
+                raise Unrepairable("every so many of positions that can be removed")
+            return now
         right = live.count(source, dim, start), live.count(source, dim, max(start, stop))
         bounds = now.indices(live.count(source, dim))[:2]
         for kind, is_now, must in zip(("start", "stop"), bounds, right, strict=True):

@@ -138,3 +138,90 @@ class ClassToken(Tricky):
     def units(self) -> Iterator[Unit]:
         for i in range(6):
             yield conv_out("embed", i) | {("token", 2): (i,), ("pos", 2): (i,)} | affine("norm", i) | conv_in("head", i)
+
+
+class StateSpace(Tricky):
+    """A selective scan: inner channels each carry a state, whose width is a unit as well.
+
+    A state's decay is a row of a table, what it takes up and gives back are made from the token.
+    """
+
+    input_shape = (2, 5, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.state, self.rank = 4, 3, 2
+        self.into, self.select = nn.Linear(6, 2 * self.inner), nn.Linear(self.inner, self.rank + 2 * self.state)
+        self.step, self.conv = nn.Linear(self.rank, self.inner), nn.Conv1d(self.inner, self.inner, 3, groups=self.inner)
+        self.decay, self.skip = nn.Parameter(torch.zeros(self.inner, self.state)), nn.Parameter(torch.ones(self.inner))
+        self.out = nn.Linear(self.inner, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.into(x).chunk(2, dim=-1)
+        x = F.silu(self.conv(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2))
+        step, take, give = self.select(x).split([self.rank, self.state, self.state], dim=-1)
+        step = F.softplus(self.step(step))
+        decay = torch.exp(step.unsqueeze(-1) * -torch.exp(self.decay))
+        taken = (step * x).unsqueeze(-1) * take.unsqueeze(2)
+        state, ys = torch.zeros_like(taken[:, 0]), []
+        for t in range(x.shape[1]):
+            state = decay[:, t] * state + taken[:, t]
+            ys.append((state * give[:, t].unsqueeze(1)).sum(-1))
+        y = torch.stack(ys, 1) + self.skip * x
+        return self.out(y * F.silu(gate)).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            made = conv_out("into", i, 4 + i) | conv_out("conv", i) | conv_in("select", i) | conv_out("step", i)
+            yield made | {("decay", 0): (i,), ("skip", 0): (i,)} | conv_in("out", i)
+        for i in range(3):
+            yield conv_out("select", 2 + i, 5 + i) | {("decay", 1): (i,)}
+        for i in range(2):
+            yield conv_out("select", i) | conv_in("step", i)
+
+
+class PositionByConvolution(Tricky):
+    """Tokens become a map again, for a depthwise convolution that tells them where they are."""
+
+    input_shape = (2, 9, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.conv = nn.Linear(4, 6), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.fc1, self.fc2, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, _, c = x.shape
+        image = x.transpose(1, 2).view(b, c, 3, 3)
+        x = (self.conv(image) + image).flatten(2).transpose(1, 2)
+        return self.head(x + self.fc2(self.fc1(x).relu())).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(6):
+            made = conv_out("embed", i) | conv_out("conv", i) | conv_out("fc2", i)
+            yield made | conv_in("fc1", i) | conv_in("head", i)
+        for i in range(5):
+            yield conv_out("fc1", i) | conv_in("fc2", i)
+
+
+class BothWays(Tricky):
+    """A recurrent layer that runs forwards and backwards: each direction has units of its own, side by side."""
+
+    input_shape = (2, 4, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0]).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        for i in range(4):
+            # Both directions keep one hidden size, so the same unit of each goes.
+            gates = tuple(4 * gate + i for gate in range(4))
+            rows = {(f"rnn.{name}{end}", 0): gates for name in names for end in ("", "_reverse")}
+            columns = {(f"rnn.weight_hh_l0{end}", 1): (i,) for end in ("", "_reverse")}
+            yield rows | columns | conv_in("head", i, 4 + i)
