@@ -20,7 +20,7 @@ from torch import Tensor
 from prunegate.errors import BudgetError
 from prunegate.polynomial import Polynomial
 
-__all__ = ["Limit", "Selection", "Width", "least_cost", "select"]
+__all__ = ["Limit", "Selection", "Width", "greatest_cost", "least_cost", "select"]
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -57,17 +57,25 @@ class Width:
         low: The least number of units.
         high: The greatest number of units.
         multiple: The number must be a multiple of this, unless the group is smaller or ``low == high``.
+        one_of: Whether the units are operators of a choice, of which exactly one stays.
+        options: Of a choice, the operators that may stay; all of them if ``None``.
     """
 
     slice: slice
     low: int
     high: int
     multiple: int = 1
+    one_of: bool = False
+    options: tuple[int, ...] | None = None
 
     @property
     def held(self) -> bool:
         """Whether the group must stay whole."""
-        return self.low == self.high == self.slice.stop - self.slice.start
+        return not self.one_of and self.low == self.high == self.slice.stop - self.slice.start
+
+    def operators(self) -> tuple[int, ...]:
+        """Of a choice, the numbers of the operators that may stay."""
+        return self.options or tuple(range(self.slice.stop - self.slice.start))
 
     def allowed(self) -> _Ints:
         """The allowed numbers of units, ascending; not empty.
@@ -141,8 +149,33 @@ def least_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
     """The cost when every group keeps as little as it may."""
     mask = torch.ones(cost.n_gates, dtype=torch.bool)
     for width in widths:
-        mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
-    return cost.exact(mask)
+        if not width.one_of:
+            mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
+    return cost.exact(_with_operators(mask, cost, widths, dearest=False))
+
+
+def greatest_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
+    """The cost when every unit stays, with the costliest operators."""
+    return cost.exact(_with_operators(torch.ones(cost.n_gates, dtype=torch.bool), cost, widths, dearest=True))
+
+
+def _with_operators(mask: Tensor, cost: Polynomial, widths: Sequence[Width], dearest: bool) -> Tensor:
+    """A mask with the cheapest, or dearest, operator of every choice.
+
+    Choices inside others come after them and are settled first, while the outer ones are still open to all.
+    """
+    choices = [width for width in widths if width.one_of]
+    p = mask.double()
+    for width in choices:
+        p[width.slice] = 1 / (width.slice.stop - width.slice.start)
+    for _ in range(2 if choices else 0):  # with shared keys the first round need not be the last
+        for width in reversed(choices):
+            price = cost.gradient(p)[width.slice]
+            options = list(width.operators())
+            best = int(price[options].argmax() if dearest else price[options].argmin())
+            p[width.slice] = 0.0
+            p[width.slice.start + options[best]] = 1.0
+    return p > 0.5
 
 
 class _Problem:
@@ -186,9 +219,29 @@ class _Problem:
         part_group, part_class, tables = [], [], []
         step_group, step_index, gains, sizes, entries = [], [], [], [], []
         n_steps = 0
+        self.operators: dict[int, _Ints] = {}
+        cheapest = self._cheapest_operators(widths)
         for group, width in enumerate(widths):
             units = np.arange(width.slice.start, width.slice.stop)
             in_group[units] = True
+            if width.one_of:
+                options = self._worthwhile(width, relative, cheapest[width.slice.start])
+                self.operators[group] = options
+                self.order.append(units)
+                self.kept.append(np.arange(len(options)))
+                gains.append(np.diff(self.scores[options]))
+                steps = np.arange(len(options) - 1)
+                sizes.append(np.ones(steps.size))
+                step_group.append(np.full(steps.size, group))
+                step_index.append(steps)
+                for gate_class in np.unique(self.classes[options]):
+                    count = (self.classes[options] == gate_class).astype(np.int64)
+                    part_group.append(group)
+                    part_class.append(gate_class)
+                    tables.append(count)
+                    entries.append((n_steps + steps, np.full(steps.size, gate_class), np.diff(count)))
+                n_steps += steps.size
+                continue
             classes = self.classes[units]
             value = self.scores[units]
             order = np.argsort(-(value / relative[classes] if np.ptp(classes) else value), kind="stable")
@@ -222,6 +275,28 @@ class _Problem:
         self.always = np.bincount(self.classes[~in_group], minlength=self.n_classes).astype(np.float64)
         self.gain_until = np.concatenate([[0.0], np.cumsum(self.gain)])
 
+    def _cheapest_operators(self, widths: Sequence[Width]) -> dict[int, int]:
+        """The gate of the cheapest operator of each choice where little else is kept, by the choice's first gate."""
+        if not any(width.one_of for width in widths):
+            return {}
+        mask = torch.ones(self.scores.size, dtype=torch.bool)
+        for width in widths:
+            if not width.one_of:
+                mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
+        mask = _with_operators(mask, self.limits[0].cost, widths, dearest=False)
+        return {w.slice.start: w.slice.start + int(mask[w.slice].int().argmax()) for w in widths if w.one_of}
+
+    def _worthwhile(self, width: Width, price: _Floats, cheapest: int) -> _Ints:
+        """Gates of operators, the cheapest first, each of them dearer than the one before it and of greater score."""
+        units = width.slice.start + np.array(width.operators())
+        units = units[np.lexsort((-self.scores[units], price[self.classes[units]]))]
+        kept = [cheapest]
+        for unit in units:
+            if self.scores[unit] > self.scores[kept[-1]]:
+                same = price[self.classes[unit]] <= price[self.classes[kept[-1]]] and len(kept) > 1
+                kept = [*kept[:-1], int(unit)] if same else [*kept, int(unit)]
+        return np.array(kept)
+
     # ------------------------------------------------------------------ values
 
     def counts(self, levels: _Ints) -> _Floats:
@@ -249,7 +324,11 @@ class _Problem:
         """The choice as a mask."""
         mask = np.ones(self.scores.size, dtype=bool)
         for group, level in enumerate(levels):
-            mask[self.order[group][self.kept[group][level] :]] = False
+            if group in self.operators:
+                mask[self.order[group]] = False
+                mask[self.operators[group][level]] = True
+            else:
+                mask[self.order[group][self.kept[group][level] :]] = False
         return mask
 
     def _prices_of_classes(self, counts: _Floats) -> _Floats:
@@ -404,11 +483,7 @@ class _Problem:
         prices = self.prices(levels)
         taken = self.step_index < levels[self.step_group]
         room = self.most - self.costs(levels) + prices @ taken
-        always = (
-            self.scores.sum()
-            - self.gain.sum()
-            - sum(self.scores[order[kept[-1] :]].sum() for order, kept in zip(self.order, self.kept, strict=True))
-        )
+        always = self.scores.sum() - self.gain.sum() - float(self.scores[~self.mask(self.top)].sum())
         best = np.inf
         corners = np.eye(len(self.limits))
         for share in np.linspace(0, 1, 9):

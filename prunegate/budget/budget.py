@@ -14,6 +14,7 @@ from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
 from prunegate.budget.limits import MEGABYTE, PICOSECONDS, make_limits, make_widths, resolve_round_to, show
 from prunegate.budget.memory import MemoryModel
+from prunegate.budget.mixing import Mixing
 from prunegate.budget.projection import project
 from prunegate.budget.schedule import Schedule, ramp
 from prunegate.errors import BudgetError
@@ -124,6 +125,7 @@ class Budget:
         self._limits += [Limit("memory", cost, self._limits[-1].most) for cost in points[1:]]
         n = gated.logits.numel()
         self._learner = Learner(self._widths, n)
+        self._mixing = Mixing.of(self._widths, [limit.cost for limit in self._limits], n)
         self._squares = torch.zeros(n, dtype=torch.float64)
         self._scored = 0
         self._finished = False
@@ -299,6 +301,7 @@ class Budget:
             "written": self._written,
             "shift": self._shift,
             "learner": self._learner.state_dict(),
+            "mixing": None if self._mixing is None else self._mixing.state_dict(),
             "mask": self._gates.fixed_mask.cpu().clone(),
             "selection": None if self.selection is None else vars(self.selection).copy(),
         }
@@ -321,6 +324,8 @@ class Budget:
                         "the same arguments on the same model"
                     )
             self._learner.load_state_dict(state["learner"])
+            if self._mixing is not None:
+                self._mixing.load_state_dict(state["mixing"])
             self.schedule = Schedule.of(self.steps, score=state["scoring"] > 0)
             self.step_count = int(state["step_count"])
             self._finished = bool(state["finished"])
@@ -362,7 +367,8 @@ class Budget:
         return max(self._gates.noise, NOISE_FLOOR)
 
     def _probabilities(self) -> Tensor:
-        return torch.sigmoid(self.gated.logits.detach().cpu().double() / self._scale())
+        logits = self.gated.logits.detach().cpu().double() / self._scale()
+        return torch.sigmoid(logits) if self._mixing is None else self._mixing.chances(logits)
 
     def _set_pace(self) -> None:
         progress = self.schedule.progress(self.step_count)
@@ -383,7 +389,7 @@ class Budget:
         """The logits without the shift; a user, or a loaded state, may have changed them."""
         logits = self.gated.logits.detach().cpu()
         if self._ranks is None or self._written is None or not torch.equal(logits, self._written):
-            self._ranks = logits.double() + self._shift
+            self._ranks = logits.double() + self._shift * (1.0 if self._mixing is None else self._mixing.tilt)
         return self._ranks
 
     def _move(self, gradient: Tensor | None) -> None:
@@ -394,12 +400,19 @@ class Budget:
             ratios = [float(limit.cost.expected(p)) / self._target_of(i) for i, limit in enumerate(self._limits)]
             binding = self._limits[ratios.index(max(ratios))]
             gradient = gradient.masked_fill(self._held, 0.0)
-            self._ranks = self._learner.step(ranks, gradient, binding.cost.gradient(p))
+            price = binding.cost.gradient(p)
+            if self._mixing is None:
+                self._ranks = self._learner.step(ranks, gradient, price)
+            else:
+                after = self._learner.step(ranks, self._mixing.without(gradient), price)
+                progress = self.schedule.progress(self.step_count)
+                self._ranks = self._mixing.step(ranks, after, gradient, progress)
         self._hold()
 
     def _target_of(self, index: int) -> float:
         limit = self._limits[index]
-        return self.schedule.target(self.step_count, limit.cost.dense, limit.most)
+        start = limit.cost.dense if self._mixing is None else float(limit.cost.expected(self._mixing.start))
+        return self.schedule.target(self.step_count, start, limit.most)
 
     def _hold(self) -> None:
         """Writes logits whose expected costs are on target, at the noise of the step to come."""
@@ -407,7 +420,7 @@ class Budget:
         assert self._ranks is not None
         ranks = self._ranks.masked_fill(self._held, _HELD_OPEN)
         costs = [(limit.cost, self._target_of(i)) for i, limit in enumerate(self._limits)]
-        found = project(ranks, costs, self._scale(), self._widths, self._shift)
+        found = project(ranks, costs, self._scale(), self._widths, self._shift, self._mixing)
         self._shift = found.shift
         with torch.no_grad():
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
@@ -420,14 +433,18 @@ class Budget:
         had open, and the weights have adapted to what was open.
         """
         scores = torch.sigmoid(logits / self._scale()) + _TIE_BREAK * torch.sigmoid(logits)
-        return scores.masked_fill(self._held, 1.0)
+        scores = scores.masked_fill(self._held, 1.0)
+        if self._mixing is None:
+            return scores
+        # Where the target had to be reached by a bonus for what is costly, the final choice keeps the bonus.
+        return self._mixing.score(scores, logits + max(self._shift, 0.0) * self._mixing.tilt)
 
     def _settle(self) -> None:
         """Chooses the final mask, at the noise with which a search ends, whenever that is."""
         self._gates.tau, self._gates.noise = self._tau.end, self._noise.end
         ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)
         final = [(limit.cost, float(limit.most)) for limit in self._limits]
-        found = project(ranks, final, self._scale(), self._widths, self._shift)
+        found = project(ranks, final, self._scale(), self._widths, self._shift, self._mixing)
         self._shift = found.shift
         scores = self._scores(found.logits)
         self.selection = select(scores, self._limits, self._widths)

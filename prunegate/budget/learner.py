@@ -53,7 +53,7 @@ def initial_ranks(scores: Sequence[Tensor], widths: Sequence[Width]) -> Tensor:
         float64 ``[n_gates]``; 0 where a group's units cannot be told apart or are held open.
     """
     ranks = torch.zeros_like(scores[0])
-    chosen = [width.slice for width in widths if not width.held]
+    chosen = [width.slice for width in widths if not width.held and not width.one_of]
     for score in scores:
         for own in chosen:
             logs = torch.log(score[own] + 1e-12 * score[own].max().clamp(min=1e-280))

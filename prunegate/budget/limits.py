@@ -12,8 +12,9 @@ import torch
 
 from prunegate.errors import BudgetError
 from prunegate.groups import Group
+from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial
-from prunegate.select import Limit, Width, least_cost
+from prunegate.select import Limit, Width, greatest_cost, least_cost
 
 __all__ = ["MEGABYTE", "PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
 
@@ -69,16 +70,16 @@ def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> 
         absolute = number and value >= _LEAST_ABSOLUTE and not in_time
         if in_time:
             expected = "a share of the dense latency in (0, 1] (latency_ms= takes milliseconds)"
-    least = least_cost(cost, widths)
+    least, greatest = least_cost(cost, widths), greatest_cost(cost, widths)
     reachable = (
-        f"reachable is {show(name, least)} to {show(name, cost.dense)}, or a share of "
+        f"reachable is {show(name, least)} to {show(name, greatest)}, or a share of "
         f"{_share_up(least, cost.dense)} to 1 of the dense model"
     )
     share = number and name not in _ABSOLUTE and 0 < value <= 1
     if not number or not math.isfinite(value) or not (absolute or share):
         raise BudgetError(f"{name}={value!r} was given; expected {expected}; {reachable}")
     most = math.floor(value * unit) if absolute else math.floor(value * cost.dense)
-    if not least <= most <= cost.dense:
+    if not least <= most <= greatest:
         remedy = "lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less"
         raise BudgetError(f"{name}={value!r} is out of reach: that is {show(name, most)}, and {reachable}; {remedy}")
     return Limit(_COST_OF.get(name, name), cost, most)
@@ -126,6 +127,9 @@ def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Map
     for group, step, low, high in zip(groups, rounding, least, greatest, strict=True):
         if not isinstance(step, int) or isinstance(step, bool) or step < 1:
             raise BudgetError(f"round_to={step!r} was given for {group.name!r}; expected a whole number of 1 or more")
+        if group.kind == ONE_OF:
+            widths.append(Width(group.slice, 1, 1, one_of=True, options=(0,) if group.name in held else None))
+            continue
         if group.name in held:
             widths.append(Width(group.slice, group.size, group.size))
             continue

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunegate.budget.mixing import Mixing
 from prunegate.polynomial import Polynomial
 from prunegate.select import Width
 
@@ -35,7 +36,7 @@ class Projection:
 
 
 def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: float, widths: Sequence[Width],
-            start: float = 0.0) -> Projection:  # fmt: skip
+            start: float = 0.0, mixing: Mixing | None = None) -> Projection:  # fmt: skip
     """Finds the shift ``b`` at which the expected costs of ``ranks - b`` meet their targets, the tightest exactly.
 
     Groups that must keep units keep their best: where fewer than ``low`` logits stand clear of 0, the best ``low`` are
@@ -47,6 +48,7 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
         noise: Scale of the logistic noise, above 0; a gate is open with probability ``sigmoid(logit / noise)``.
         widths: What each group may keep.
         start: Where to look first.
+        mixing: The choices of operators, if there are any; the shift tilts them.
     """
     raised = torch.zeros(ranks.numel(), dtype=torch.bool)
     lowered = torch.zeros_like(raised)
@@ -55,17 +57,21 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
         raised[width.slice] = width.held
 
     def logits_at(shift: float) -> Tensor:
-        logits = ranks - shift
+        logits = ranks - shift if mixing is None else mixing.settle(ranks - shift * mixing.tilt)
         logits = torch.where(raised, logits.clamp(min=margin), logits)
         return torch.where(lowered, logits.clamp(max=-margin), logits)
 
     def excess(shift: float) -> float:
         """Logarithm of the tightest ratio of cost to target: falls as the shift grows."""
-        p = torch.sigmoid(logits_at(shift) / noise)
-        return max(math.log(max(float(cost.expected(p)), 1e-300) / min(target, _ALMOST_DENSE * cost.dense))
+        logits = logits_at(shift) / noise
+        p = torch.sigmoid(logits) if mixing is None else mixing.chances(logits)
+        return max(math.log(max(float(cost.expected(p)), 1e-300)
+                            / (min(target, _ALMOST_DENSE * cost.dense) if mixing is None else target))
                    for cost, target in costs)  # fmt: skip
 
     low, high = float(ranks.min()) - 20 * noise, float(ranks.max()) + 20 * noise
+    if mixing is not None:
+        low, high = low * mixing.reach, high * mixing.reach
     shift = min(max(start, low), high)
     for _ in range(_PIN_ROUNDS):
         shift = _root(excess, shift, max(noise, 0.05), low, high)
@@ -118,6 +124,8 @@ def _pin(logits: Tensor, margin: float, widths: Sequence[Width], raised: Tensor,
     open_now = (total_clear[1] - total_clear[0]).tolist()
     may_open = (total_possible[1] - total_possible[0]).tolist()
     for width, n_open, n_may in zip(widths, open_now, may_open, strict=True):
+        if width.one_of:
+            continue
         own = slice(width.slice.start, width.slice.stop)
         if n_open < width.low:
             raised[own.start + torch.topk(logits[own], width.low).indices] = True

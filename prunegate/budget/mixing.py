@@ -1,0 +1,151 @@
+"""Choices of operators under a budget: how a price tilts their chances, how they learn, and what they score.
+
+Units are shifted all alike, because closing any of them saves something. The operators of a choice are *tilted*: the
+shift ``b`` takes ``b * t`` off an operator's logit, where ``t`` is its cost between that of the cheapest operator of
+the choice (0) and that of the costliest (1). So one number moves units and choices together, from the costliest network
+to the cheapest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunegate.polynomial import Polynomial
+from prunegate.select import Width
+
+__all__ = ["Mixing"]
+
+_RATE = 0.05
+_MOMENTUM = 0.9
+_SECOND_MOMENT = 0.99
+_LARGEST = 8.0
+_WARM = 0.2  # of the moving part: operators that have hardly been trained cannot be told apart
+_SURE = 8.0
+_LEAST_GAP = 0.01
+
+
+class Mixing:
+    """The choices of one search.
+
+    Args:
+        widths: What every group may keep; those of choices come last.
+        costs: What is limited.
+        n_gates: Number of gates.
+
+    Attributes:
+        tilt: float64 ``[n_gates]``, what a shift of 1 takes off each logit.
+        start: float64 ``[n_gates]``, the chances with which a search begins: units open, operators alike.
+        reach: How much further than for units a shift may have to go.
+    """
+
+    def __init__(self, widths: Sequence[Width], costs: Sequence[Polynomial], n_gates: int) -> None:
+        self._widths = [width for width in widths if width.one_of]
+        self.tilt = torch.ones(n_gates, dtype=torch.float64)
+        self.start = torch.ones(n_gates, dtype=torch.float64)
+        for width in self._widths:
+            self.start[width.slice] = 1 / (width.slice.stop - width.slice.start)
+        price = torch.zeros(n_gates, dtype=torch.float64)
+        for cost in costs:
+            price += cost.gradient(self.start) / max(cost.dense, 1)
+        self._price = price
+        self._spread: list[float] = []
+        gap = 1.0
+        for width in self._widths:
+            own = price[width.slice]
+            spread = float(own.max() - own.min())
+            self._spread.append(spread)
+            self.tilt[width.slice] = (own - own.min()) / spread if spread > 0 else 0.0
+            steps = self.tilt[width.slice].unique().diff()
+            gap = min([gap, *steps[steps > 0].tolist()])
+        self.reach = 1 / max(gap, _LEAST_GAP)
+        self._first = torch.zeros(n_gates, dtype=torch.float64)
+        self._second = 0.0
+        self._steps = 0
+
+    @classmethod
+    def of(cls, widths: Sequence[Width], costs: Sequence[Polynomial], n_gates: int) -> Mixing | None:
+        """The choices of a search, ``None`` if there are none."""
+        return cls(widths, costs, n_gates) if any(width.one_of for width in widths) else None
+
+    def chances(self, logits: Tensor) -> Tensor:
+        """The chance of every gate, ``[n_gates]``, from logits divided by the noise."""
+        p = torch.sigmoid(logits)
+        for width in self._widths:
+            p[width.slice] = torch.softmax(logits[width.slice], 0)
+        return p
+
+    def settle(self, logits: Tensor) -> Tensor:
+        """Logits in which choices that are held have their operator for sure; changed in place."""
+        for width in self._widths:
+            if width.options is not None:
+                logits[width.slice] = -_SURE
+                logits[width.slice.start + width.options[0]] = _SURE
+        return logits
+
+    def without(self, gradient: Tensor) -> Tensor:
+        """A gradient without the choices' part."""
+        rest = gradient.clone()
+        for width in self._widths:
+            rest[width.slice] = 0.0
+        return rest
+
+    def step(self, before: Tensor, after: Tensor, gradient: Tensor, progress: float) -> Tensor:
+        """The ranks after one step.
+
+        Args:
+            before: Ranks before it, float64 ``[n_gates]``.
+            after: Ranks in which the units have moved.
+            gradient: Of the loss by the logits.
+            progress: How much of the search is behind, 0 to 1.
+        """
+        moved = after.clone()
+        for width in self._widths:
+            moved[width.slice] = before[width.slice]
+        if progress < _WARM:
+            return moved
+        self._steps += 1
+        self._first = _MOMENTUM * self._first + (1 - _MOMENTUM) * gradient
+        parts = torch.cat([gradient[width.slice] for width in self._widths])
+        self._second = _SECOND_MOMENT * self._second + (1 - _SECOND_MOMENT) * float(parts.pow(2).mean())
+        scale = (self._second / (1 - _SECOND_MOMENT**self._steps)) ** 0.5
+        if scale > 0:
+            first = self._first / (1 - _MOMENTUM**self._steps) / scale
+            for width in self._widths:
+                own = moved[width.slice] - _RATE * first[width.slice]
+                moved[width.slice] = (own - own.mean()).clamp(-_LARGEST, _LARGEST)
+        return moved
+
+    def score(self, scores: Tensor, ranks: Tensor) -> Tensor:
+        """The scores with those of operators.
+
+        The final choice weighs scores against costs as the search did: a choice counts by how far apart the costs of
+        its operators are, at the rate of score per cost at which units stand.
+
+        Args:
+            scores: float64 ``[n_gates]``, those of units.
+            ranks: float64 ``[n_gates]``, logits without the tilt.
+        """
+        unit = torch.ones_like(scores, dtype=torch.bool)
+        for width in self._widths:
+            unit[width.slice] = False
+        paid = float((scores * self._price)[unit].sum())
+        rate = float(scores[unit].sum()) / paid if paid > 0 else 1.0
+        found = scores.clone()
+        least = max(self._spread) or 1.0
+        for width, spread in zip(self._widths, self._spread, strict=True):
+            own = ranks[width.slice]
+            found[width.slice] = rate * (spread if spread > 0 else _LEAST_GAP * least) * (own - own.min())
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed search needs."""
+        return {"first": self._first.clone(), "second": self._second, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self._first = state["first"].clone()
+        self._second, self._steps = float(state["second"]), int(state["steps"])
