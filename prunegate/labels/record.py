@@ -153,17 +153,26 @@ def capture_frame(frame: FrameType | None, depth: int = 0) -> FrameRecord | None
 
 
 def nodes_in(tree: Any) -> Iterator[Node]:
-    """Yields the nodes anywhere in a nested structure of arguments."""
-    if isinstance(tree, Node):
-        yield tree
+    """The nodes anywhere in a nested structure of arguments, in order."""
+    found: list[Node] = []
+    _gather(tree, found)
+    return iter(found)
+
+
+def _gather(tree: Any, found: list[Node]) -> None:
+    kind = type(tree)
+    if kind is Node:
+        found.append(tree)
+    elif kind in _LEAVES:
+        pass
     elif isinstance(tree, (tuple, list)):
         for item in tree:
-            yield from nodes_in(item)
+            _gather(item, found)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from nodes_in(item)
-    elif type(tree) not in _LEAVES:
-        yield from (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Node))
+            _gather(item, found)
+    else:
+        found += [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Node)]
 
 
 _LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, slice, complex])
