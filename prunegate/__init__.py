@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from prunegate.after_timm import when_timm_is_imported
+
 if TYPE_CHECKING:
     from prunegate.attaching import attach as attach
     from prunegate.budget import Budget as Budget
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from prunegate.gated import GatedModel as GatedModel
     from prunegate.gumbel import gumbel_sigmoid as gumbel_sigmoid
     from prunegate.gumbel import gumbel_softmax as gumbel_softmax
+    from prunegate.hub import save_for_hub as save_for_hub
     from prunegate.oneshot import one_shot as one_shot
     from prunegate.plan import Plan as Plan
     from prunegate.refitting import refit as refit
@@ -54,6 +57,7 @@ _HOME = {
     "GatedModel": "gated",
     "gumbel_sigmoid": "gumbel",
     "gumbel_softmax": "gumbel",
+    "save_for_hub": "hub",
     "one_shot": "oneshot",
     "Plan": "plan",
     "refit": "refitting",
@@ -73,3 +77,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+when_timm_is_imported()

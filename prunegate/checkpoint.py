@@ -26,10 +26,13 @@ from prunegate.slim.apply import apply_plan, plan_of
 from prunegate.slim.slicing import check_tensors
 from prunegate.tensors import is_channels_last, named_tensors, tensor_stores
 
-__all__ = ["load", "save"]
+__all__ = ["WEIGHTS", "load", "load_dense", "save"]
 
 FORMAT = 1
 """Version of the file's layout."""
+
+WEIGHTS = "model.safetensors"
+"""The file's name where it is in a folder of its own."""
 
 _KEY = "prunegate"
 _FIELDS = frozenset({
@@ -87,7 +90,7 @@ def load(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module
     """Makes a model from a file that :func:`save` wrote, on the CPU, without its original weights.
 
     Args:
-        path: The file. It need not be trusted.
+        path: The file, or a folder that holds it as ``model.safetensors``. It need not be trusted.
         allow: Modules (``"mypackage.models"``), or single constructors (``"mypackage.models:Net"``), that the file may
             name besides the models of timm, torchvision and transformers.
 
@@ -98,7 +101,7 @@ def load(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module
         CheckpointError: The file is not one of ours, is truncated or was altered, names what may not be called, or does
             not fit the library versions here.
     """
-    path = Path(path)
+    path = _file(path)
     document, tensors = _read(path)
     try:
         plan = Plan.from_json(document["plan"])
@@ -113,6 +116,33 @@ def load(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module
         own: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         own.update(_tuples(config))
     return model.train(document["training"])
+
+
+def load_dense(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module:
+    """The dense model that a file's model was cut from: its architecture, with weights as they are initialised.
+
+    Args:
+        path: As for :func:`load`.
+        allow: As for :func:`load`.
+
+    Raises:
+        CheckpointError: As for :func:`load`.
+    """
+    path = _file(path)
+    document, tensors = _read(path)
+    try:
+        plan = Plan.from_json(document["plan"])
+        shapes = [plan.dense.get(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        dense = build(document["builder"], allow, Limits([*shapes, *(() for _ in document["aliases"])]))
+        check_tensors(dense, plan)
+    except (PlanError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: {error} ({_differences(document)})") from error
+    return dense
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path / WEIGHTS if path.is_dir() else path
 
 
 # ---------------------------------------------------------------------- what is saved

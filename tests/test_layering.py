@@ -53,6 +53,10 @@ LAYERS = (
     "rederive",
     "builders",
     "checkpoint",
+    "hub",
+    "after_timm",
+    "cli",
+    "__main__",
 )
 
 # A slim model is cut, saved and loaded without the machinery that chose it.
