@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunegate.gumbel import masked_layer_norm, masked_rms_norm
+
 __all__ = ["MASKED_CALLS"]
 
 Function = Callable[..., Any]
@@ -67,9 +69,23 @@ def _normalised(input: Tensor, keep: Tensor, dims: Sequence[int], weight: Tensor
     )
 
 
+def _flat(keep: Tensor, input: Tensor, normalized_shape: Sequence[int]) -> Tensor | None:
+    """``keep`` as a vector over the last dimension, if that is what it is and what is normalised."""
+    last = input.shape[-1]
+    return keep.reshape(-1) if len(normalized_shape) == 1 and keep.shape[-1:] == (last,) == (keep.numel(),) else None
+
+
+def _as_autocast(input: Tensor) -> Tensor:
+    """``input`` in the precision in which a GPU's autocast runs norms; elsewhere they keep that of their input."""
+    return input.float() if input.is_cuda and torch.is_autocast_enabled("cuda") else input
+
+
 def _layer_norm(function: Function, keep: Tensor, input: Tensor, normalized_shape: Sequence[int],
                 weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5,
                 **_: Any) -> Tensor:  # fmt: skip
+    flat = _flat(keep, input, normalized_shape)
+    if flat is not None:
+        return masked_layer_norm(_as_autocast(input), flat, weight, bias, eps)
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     mean, variance = _moments(input, keep, dims)
     return _affine((input - mean) * (variance + eps).rsqrt(), weight, bias)
@@ -77,6 +93,9 @@ def _layer_norm(function: Function, keep: Tensor, input: Tensor, normalized_shap
 
 def _rms_norm(function: Function, keep: Tensor, input: Tensor, normalized_shape: Sequence[int],
               weight: Tensor | None = None, eps: float | None = None) -> Tensor:  # fmt: skip
+    flat = _flat(keep, input, normalized_shape)
+    if flat is not None:
+        return masked_rms_norm(_as_autocast(input), flat, weight, eps)
     dims = list(range(input.dim() - len(normalized_shape), input.dim()))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     power = (input.square() * keep).sum(dims, keepdim=True) / _count(keep, input, dims)

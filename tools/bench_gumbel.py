@@ -1,12 +1,15 @@
 """Time and memory of the samplers beside ``torch.nn.functional.gumbel_softmax(hard=True)``, forward and backward.
 
     python tools/bench_gumbel.py --rounds 9
+    python tools/bench_gumbel.py --rounds 9 --avx2
 
 Baseline and backends run in turn within one process, on one thread, in float32; a row shows the median time and the
 median of the rounds' ratios with their quartiles. On the CPU it is processor time, so that what else the machine does
 counts less. Binary gates are compared with the baseline on logits [n, 2], and
 a model of many layers with a loop over its layers. Before a backend is timed, its samples and gradients are checked
 against softmax and against the baseline's mean gradient.
+
+``--avx2`` shows what a machine without AVX-512 would: torch's own kernels and ours are held to AVX2.
 
 Memory is the peak of what torch allocates over one forward and backward, less the sample and the gradient that the
 caller keeps, in units of the sample (for binary gates the baseline's sample is a pair a gate).
@@ -29,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunegate.gumbel import backends, gumbel_sigmoid, gumbel_softmax
+from prunegate.gumbel import backends, cpu, gumbel_sigmoid, gumbel_softmax
 
 LAYERS = 500
 
@@ -165,6 +168,23 @@ def measure(case: Case, names: list[str], rounds: int, device: str) -> list[tupl
     return rows
 
 
+def hold_to_avx2() -> None:
+    """Makes torch and the C path use AVX2 where they could use AVX-512.
+
+    Raises:
+        SystemExit: If torch has chosen its kernels already: it does so once in a process, on its first operation.
+    """
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"
+    if torch.backends.cpu.get_cpu_capability() != "AVX2":
+        raise SystemExit("torch uses other kernels than those for AVX2; set ATEN_CPU_CAPABILITY=avx2 and try again.")
+    extension, reason = cpu.load()
+    if extension is not None and extension.level > 1:
+        held = extension._replace(level=1), "available, held to AVX2 and FMA"
+        cpu.load = lambda: held
+    elif extension is None:
+        print(f"cpu: {reason}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table.
 
@@ -175,8 +195,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds over baseline and backends (default 9)")
     parser.add_argument("--quick", action="store_true", help="smaller cases, for a first look")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--avx2", action="store_true", help="hold torch and the C path to AVX2")
     parser.add_argument("--backends", nargs="+", help="default: all that are available but the reference")
     options = parser.parse_args(argv)
+    if options.avx2:
+        hold_to_avx2()
     torch.set_num_threads(1)
     # Not the seed of the logits: noise from the same numbers would depend on them.
     torch.manual_seed(1)
@@ -184,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fitting = ("aten", "cpu") if options.device == "cpu" else ("aten", "triton")
     usable = [name for name in fitting if listed.get(name, "").startswith("available")]
     names = options.backends or usable
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, one thread"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread"
     title = f"forward and backward, float32, {device}, torch {torch.__version__}, {options.rounds} rounds"
     table = Table("case", "backend", "median µs", "times faster (quartiles)", title=title)
     cases = make_cases(options.device, options.quick)

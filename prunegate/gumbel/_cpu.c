@@ -1,6 +1,6 @@
 /* Fused samplers for CPU tensors: noise from a counter, scores, one-hot rows and relaxed rows in one visit.
  *
- * The kernels are in _cpu_kernels.h, compiled here for AVX-512, AVX2 with FMA, and whatever the compiler's default
+ * The kernels are in _cpu_level.h, compiled here for AVX-512, AVX2 with FMA, and whatever the compiler's default
  * is; the caller says which to run. Tensors come as addresses, so that no header of torch is needed and one binary
  * serves every version of Python and torch. Nothing here relies on relaxed floating-point rules of the compiler:
  * they would delete the rounding trick in exp().
@@ -18,6 +18,8 @@
 #include <immintrin.h>
 #endif
 
+/* Of Philox; see philox.py. */
+#define ROUNDS 7
 /* Rows of up to this many columns are sampled one in each vector lane. */
 #define SHORT_ROW 128
 /* A thread is worth its start from about this many elements. */
@@ -40,12 +42,29 @@ typedef struct {
 } Work;
 
 typedef struct {
+    const float *x, *keep, *weight, *bias, *gradient;
+    float *out, *means, *scales, *sums;
+    int64_t columns, rows_a_share;
+    float eps, count;
+    int centre;
+} Norm;
+
+typedef struct {
     void (*sigmoid_forward)(const Work *, int64_t, int64_t);
     void (*sigmoid_backward)(const Work *, int64_t, int64_t);
     int64_t (*softmax_forward)(const Work *, int64_t, int64_t);
     void (*softmax_backward)(const Work *, int64_t, int64_t);
     void (*noise)(const Work *, int64_t, int64_t);
+    void (*norm_forward)(const Norm *, int64_t, int64_t);
+    void (*norm_backward)(const Norm *, int64_t, int64_t);
 } Kernels;
+
+/* Four independent chains of arithmetic side by side keep the processor's units busy. */
+#ifdef __clang__
+#define UNROLL_4 _Pragma("unroll")
+#else
+#define UNROLL_4 _Pragma("GCC unroll 4")
+#endif
 
 #define WIDTH 4
 #define ID(name) base_##name
@@ -62,7 +81,7 @@ typedef struct {
 #define LOAD_ROWS(from, stride) base_load(from)
 #define STORE_ROWS(to, stride, v) base_store(to, v)
 #define SUM_LANES(v) (((v)[0] + (v)[2]) + ((v)[1] + (v)[3]))
-#include "_cpu_kernels.h"
+#include "_cpu_level.h"
 
 #ifdef X86
 
@@ -95,7 +114,7 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
      _mm_storeu_ps((to) + (stride), _mm256_extractf128_ps((__m256)(v), 1)))
 #define SUM_LANES(v) \
     ID(sum_of_4)(_mm_add_ps(_mm256_castps256_ps128((__m256)(v)), _mm256_extractf128_ps((__m256)(v), 1)))
-#include "_cpu_kernels.h"
+#include "_cpu_level.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))), apply_to = function)
@@ -121,7 +140,7 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
      _mm_storeu_ps((to) + 2 * (stride), _mm512_extractf32x4_ps((__m512)(v), 2)), \
      _mm_storeu_ps((to) + 3 * (stride), _mm512_extractf32x4_ps((__m512)(v), 3)))
 #define SUM_LANES(v) _mm512_reduce_add_ps((__m512)(v))
-#include "_cpu_kernels.h"
+#include "_cpu_level.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -155,7 +174,9 @@ static int best_level(void)
 typedef struct {
     void (*plain)(const Work *, int64_t, int64_t);
     int64_t (*counting)(const Work *, int64_t, int64_t);
+    void (*norm)(const Norm *, int64_t, int64_t);
     const Work *work;
+    const Norm *normed;
     int64_t begin, end, result;
 } Share;
 
@@ -165,9 +186,19 @@ static void *run_share(void *argument)
     share->result = 0;
     if (share->counting)
         share->result = share->counting(share->work, share->begin, share->end);
+    else if (share->norm)
+        share->norm(share->normed, share->begin, share->end);
     else
         share->plain(share->work, share->begin, share->end);
     return NULL;
+}
+
+static int64_t useful_threads(int64_t elements, int64_t threads)
+{
+    int64_t most = elements / ELEMENTS_A_THREAD;
+    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
+    threads = threads > most ? most : threads;
+    return threads < 1 ? 1 : threads;
 }
 
 static int64_t run(Share share, int64_t items, int64_t elements, int64_t unit, int64_t threads)
@@ -176,11 +207,7 @@ static int64_t run(Share share, int64_t items, int64_t elements, int64_t unit, i
     Py_BEGIN_ALLOW_THREADS
     pthread_t handles[MAX_THREADS];
     Share shares[MAX_THREADS];
-    int64_t most = elements / ELEMENTS_A_THREAD;
-    threads = threads > MAX_THREADS ? MAX_THREADS : threads;
-    threads = threads > most ? most : threads;
-    if (threads < 1)
-        threads = 1;
+    threads = useful_threads(elements, threads);
     int64_t chunk = ((items + threads - 1) / threads + unit - 1) / unit * unit;
     int started = 0;
     for (int64_t begin = 0; begin < items; begin += chunk) {
@@ -310,6 +337,52 @@ static PyObject *noise(PyObject *self, PyObject *const *a, Py_ssize_t n)
     Py_RETURN_NONE;
 }
 
+static float sum(const float *values, int64_t count)
+{
+    double total = 0;
+    for (int64_t i = 0; i < count; i++)
+        total += values[i];
+    return (float)total;
+}
+
+static PyObject *norm_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("norm_forward", n, 13))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Norm w = {.x = address(a[1]), .keep = address(a[2]), .weight = address(a[3]), .bias = address(a[4]),
+              .out = address(a[5]), .means = address(a[6]), .scales = address(a[7])};
+    int64_t rows = PyLong_AsLongLong(a[8]), threads = PyLong_AsLongLong(a[12]);
+    w.columns = PyLong_AsLongLong(a[9]);
+    w.eps = (float)PyFloat_AsDouble(a[10]);
+    w.centre = PyObject_IsTrue(a[11]);
+    if (PyErr_Occurred())
+        return NULL;
+    w.count = sum(w.keep, w.columns);
+    run((Share){.norm = k->norm_forward, .normed = &w}, rows, rows * w.columns, 4, threads);
+    Py_RETURN_NONE;
+}
+
+static PyObject *norm_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("norm_backward", n, 14))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Norm w = {.gradient = address(a[1]), .x = address(a[2]), .keep = address(a[3]), .weight = address(a[4]),
+              .means = address(a[5]), .scales = address(a[6]), .out = address(a[7]), .sums = address(a[8])};
+    int64_t rows = PyLong_AsLongLong(a[9]), threads = PyLong_AsLongLong(a[13]);
+    w.columns = PyLong_AsLongLong(a[10]);
+    w.eps = (float)PyFloat_AsDouble(a[11]);
+    w.centre = PyObject_IsTrue(a[12]);
+    if (PyErr_Occurred())
+        return NULL;
+    w.count = sum(w.keep, w.columns);
+    threads = useful_threads(rows * w.columns, threads);
+    w.rows_a_share = (rows + threads - 1) / threads;
+    run((Share){.norm = k->norm_backward, .normed = &w}, rows, rows * w.columns, w.rows_a_share, threads);
+    return PyLong_FromLongLong((rows + w.rows_a_share - 1) / w.rows_a_share);
+}
+
 static PyObject *level(PyObject *self, PyObject *unused) { return PyLong_FromLong(best_level()); }
 
 static PyMethodDef methods[] = {
@@ -326,6 +399,13 @@ static PyMethodDef methods[] = {
      "(level, gradient, soft, out, rows, columns, offsets or 0, 1 / tau, threads): gradient of the logits."},
     {"noise", (PyCFunction)(void (*)(void))noise, METH_FASTCALL,
      "(level, out, rows, columns, seed, step, binary): the noise that the samplers add."},
+    {"norm_forward", (PyCFunction)(void (*)(void))norm_forward, METH_FASTCALL,
+     "(level, x, keep, weight or 0, bias or 0, out, means, scales, rows, columns, eps, centre, threads): "
+     "rows normalised by the statistics of their kept positions."},
+    {"norm_backward", (PyCFunction)(void (*)(void))norm_backward, METH_FASTCALL,
+     "(level, gradient, x, keep, weight or 0, means, scales, out, sums, rows, columns, eps, centre, threads): "
+     "gradient of the rows. Returns how many shares there are in sums, a space of [threads, 3, columns]: each the "
+     "gradient of mask, weight and bias by part of the rows."},
     {NULL, NULL, 0, NULL},
 };
 

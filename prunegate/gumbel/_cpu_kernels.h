@@ -1,101 +1,4 @@
-/* The sampling kernels, written once for vectors of WIDTH floats and included once for each instruction set.
- *
- * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
- * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
- * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane, and
- * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows; and SUM_LANES.
- */
-
-typedef float ID(vf) __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ID(vi) __attribute__((vector_size(4 * WIDTH)));
-typedef uint64_t ID(vl) __attribute__((vector_size(4 * WIDTH)));
-#define VF ID(vf)
-#define VI ID(vi)
-#define VL ID(vl)
-#define BLOCK (4 * WIDTH)
-#define INLINE static inline __attribute__((always_inline))
-/* Sums of long rows are taken in spans of this many columns: one long chain of additions would lose three digits. */
-#define SPAN (16 * BLOCK)
-
-INLINE VF ID(load)(const float *p)
-{
-    VF v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE void ID(store)(float *p, VF v) { memcpy(p, &v, sizeof v); }
-
-INLINE VF ID(all)(float x) { return x - (VF){0}; }
-
-INLINE VF ID(where)(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
-
-INLINE float ID(sum)(VF v) { return SUM_LANES(v); }
-
-/* The sum of four running sums, which start again from 0. */
-INLINE VF ID(take_sum)(VF running[4])
-{
-    VF total = (running[0] + running[1]) + (running[2] + running[3]);
-    for (int k = 0; k < 4; k++)
-        running[k] = (VF){0};
-    return total;
-}
-
-INLINE float ID(largest)(VF v)
-{
-    float best = v[0];
-    for (int i = 1; i < WIDTH; i++)
-        best = v[i] > best ? v[i] : best;
-    return best;
-}
-
-INLINE int ID(any)(VI v)
-{
-    int32_t bits = 0;
-    for (int i = 0; i < WIDTH; i++)
-        bits |= v[i];
-    return bits != 0;
-}
-
-/* Natural logarithm of positive normal numbers, within an ulp or two (the polynomial is that of Cephes). */
-INLINE VF ID(log)(VF x)
-{
-    VI bits = (VI)x - 0x3f3504f3;
-    VF e = __builtin_convertvector(bits >> 23, VF);
-    VF f = (VF)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    VF z = f * f;
-    VF p = f * 7.0376836292e-2f - 1.1514610310e-1f;
-    p = p * f + 1.1676998740e-1f;
-    p = p * f - 1.2420140846e-1f;
-    p = p * f + 1.4249322787e-1f;
-    p = p * f - 1.6668057665e-1f;
-    p = p * f + 2.0000714765e-1f;
-    p = p * f - 2.4999993993e-1f;
-    p = p * f + 3.3333331174e-1f;
-    VF y = p * (f * z) - 2.12194440e-4f * e;
-    y = y - 0.5f * z;
-    return (f + y) + 0.693359375f * e;
-}
-
-/* Exponential of numbers that are 0 or less; those under -87 give 0, as does a NaN. */
-INLINE VF ID(exp)(VF x)
-{
-    VI in_range = x > -87.0f;
-    VF clamped = VMAX(x, ID(all)(-87.0f));
-    /* Adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold. */
-    VF shifted = clamped * 1.44269504088896341f + 12582912.0f;
-    VF n = shifted - 12582912.0f;
-    VF r = clamped - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    VF scale = (VF)(((VI)shifted - 0x4b400000 + 127) << 23);
-    return (VF)((VI)(p * scale) & in_range);
-}
+/* The sampling kernels. Included by _cpu_level.h. */
 
 /* Swaps rows and columns of the 4 by 4 matrices that the four vectors hold in each of their 128-bit lanes. */
 INLINE void ID(transpose)(VI v[4])
@@ -116,7 +19,7 @@ INLINE void ID(transpose_floats)(VF v[4])
         v[k] = (VF)w[k];
 }
 
-/* Philox 4x32-10 of WIDTH counters: words[k] holds the k-th word of each. Lane L stands for counter
+/* Philox 4x32-7 of WIDTH counters: words[k] holds the k-th word of each. Lane L stands for counter
  * (WIDTH / 4) * (L % 4) + L / 4, so that transpose() puts words[] into the order of columns.
  *
  * A counter's words are kept in the low halves of 64-bit lanes, even and odd lanes apart: the multiplication reads
@@ -137,7 +40,7 @@ INLINE void ID(philox)(const Key *key, uint32_t column4, int columns_vary, uint3
         half[odd][3] = (VL){0} + key->draw;
     }
     uint32_t k0 = (uint32_t)key->seed, k1 = (uint32_t)(key->seed >> 32);
-    for (int round = 0; round < 10; round++) {
+    for (int round = 0; round < ROUNDS; round++) {
         for (int odd = 0; odd < 2; odd++) {
             VL *c = half[odd];
             VL p0 = MUL_LOW(c[0], (VL){0} + 0xD2511F53u), p1 = MUL_LOW(c[2], (VL){0} + 0xCD9E8D57u);
@@ -240,6 +143,7 @@ static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
         VF slopes[4] = {{0}, {0}, {0}, {0}};
         ID(philox)(&w->key, (uint32_t)(at / 4), 1, 0, words);
         ID(transpose)(words);
+        UNROLL_4
         for (int k = 0; k < 4; k++) {
             VF h, s, logit = ID(load)(from + k * WIDTH);
             VF score = logit + ID(logistic)(words[k]);
@@ -255,6 +159,7 @@ static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
             key.draw = (uint32_t)draw;
             ID(philox)(&key, (uint32_t)(at / 4), 1, 0, words);
             ID(transpose)(words);
+            UNROLL_4
             for (int k = 0; k < 4; k++) {
                 VI is_open = ID(load)(to_hard + k * WIDTH) > 0.0f;
                 slopes[k] += ID(conditional_slope)(w, ID(load)(from + k * WIDTH), is_open, words[k]);
@@ -301,6 +206,7 @@ INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *
         VI words[4];
         ID(philox)(&w->key, (uint32_t)(at / 4), 1, row, words);
         ID(transpose)(words);
+        UNROLL_4
         for (int k = 0; k < 4; k++) {
             VF score = ID(load)(from + k * WIDTH) - ID(minus_gumbel)(words[k]);
             best4[k] = VMAX(best4[k], score);
@@ -322,6 +228,7 @@ INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *
     for (int64_t at = 0; at < columns; at += BLOCK) {
         float *scores = at < whole ? soft + at : tail, first[BLOCK];
         float *to = at < whole && hard ? hard + at : first;
+        UNROLL_4
         for (int k = 0; k < 4; k++) {
             VF score = ID(load)(scores + k * WIDTH);
             VF e = ID(exp)((score - top) * w->inverse_tau);
@@ -399,6 +306,7 @@ INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
         VF in[4];
         ID(get_tile)(logits + at, columns, wide, rows, in);
         ID(philox)(&w->key, (uint32_t)(at / 4), 0, (uint32_t)row, words);
+        UNROLL_4
         for (int k = 0; k < wide; k++) {
             VF score = in[k] - ID(minus_gumbel)(words[k]);
             best = VMAX(best, score);
@@ -411,6 +319,7 @@ INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
     for (int at = 0; at < columns; at += 4) {
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
         VF h[4] = {{0}, {0}, {0}, {0}};
+        UNROLL_4
         for (int k = 0; k < wide; k++) {
             VI wins = (scores[at + k] == best) & ~taken;
             taken |= wins;
@@ -537,25 +446,3 @@ static void ID(noise)(const Work *w, int64_t begin, int64_t end)
             memcpy(w->out + row * w->columns + at, made, left * sizeof(float));
         }
 }
-
-static const Kernels ID(kernels) = {
-    ID(sigmoid_forward), ID(sigmoid_backward), ID(softmax_forward), ID(softmax_backward), ID(noise),
-};
-
-#undef VF
-#undef VI
-#undef VL
-#undef BLOCK
-#undef SPAN
-#undef INLINE
-#undef WIDTH
-#undef ID
-#undef VMAX
-#undef MUL_LOW
-#undef UNPACK_LO32
-#undef UNPACK_HI32
-#undef UNPACK_LO64
-#undef UNPACK_HI64
-#undef LOAD_ROWS
-#undef STORE_ROWS
-#undef SUM_LANES

@@ -71,7 +71,7 @@ def _is_right(extension: Extension) -> bool:
         relaxed = torch.softmax((logits + noise) / 0.7, -1)
         inner = relaxed * (gradient - (relaxed * gradient).sum(-1, keepdim=True)) / 0.7
         found = _softmax_backward(extension, gradient, soft, None, 0.7)
-        if not (hard.equal(expected) and _near(soft, relaxed) and _near(found, inner)):
+        if not (hard.equal(expected) and _near(soft, relaxed) and _near(found, inner) and _norms(extension, logits)):
             return False
     logits, gradient = (torch.randn(150, generator=generator) for _ in "ab")
     noise = reference.philox_logistic(state, logits)
@@ -84,6 +84,19 @@ def _is_right(extension: Extension) -> bool:
         and _near(soft, relaxed)
         and _near(found, gradient * relaxed * (1 - relaxed) / 0.7)
     )
+
+
+def _norms(extension: Extension, x: Tensor) -> bool:
+    """Whether a norm of which nothing is masked is torch's own, forward and backward."""
+    columns = x.shape[1]
+    keep, weight, bias = torch.ones(columns), torch.linspace(0.5, 2.0, columns), torch.linspace(-1.0, 1.0, columns)
+    out, to_x, (means, scales) = torch.empty_like(x), torch.empty_like(x), x.new_empty(2, len(x))
+    _norm_forward(extension, x, keep, weight, bias, out, means, scales, 1e-3, True)
+    _, to_weight, to_bias = _norm_backward(extension, x, x, keep, weight, means, scales, to_x, 1e-3, True)
+    expected = torch.ops.aten.native_layer_norm(x, [columns], weight, bias, 1e-3)
+    flags = [True, True, True]
+    inner = torch.ops.aten.native_layer_norm_backward(x, x, [columns], *expected[1:], weight, bias, flags)
+    return all(map(_near, (out, to_x, to_weight, to_bias), (expected[0], *inner)))
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
@@ -251,9 +264,7 @@ def _sigmoid_backward(extension: Extension, gradient: Tensor, soft: Tensor, tau:
 
 def _rows(like: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
     # Number of rows, columns of each, address of the offsets; one of the last two says nothing.
-    if offsets is not None:
-        return len(offsets) - 1, 0, offsets.data_ptr()
-    return like.numel() // like.shape[-1], like.shape[-1], 0
+    return (*_matrix(like), 0) if offsets is None else (len(offsets) - 1, 0, offsets.data_ptr())
 
 
 def _softmax_forward(
@@ -285,3 +296,61 @@ def _softmax_backward(
     threads = torch.get_num_threads()
     module.softmax_backward(level, gradient.data_ptr(), soft.data_ptr(), out.data_ptr(), *rows, 1 / tau, threads)
     return out
+
+
+def norm_forward(
+    x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, means: Tensor, scales: Tensor,
+    eps: float, centre: bool,
+) -> None:  # fmt: skip
+    """Normalises rows by the statistics of their kept positions; all tensors contiguous float32.
+
+    Args:
+        x: Rows, ``[..., columns]``.
+        keep: 0 and 1, ``[columns]``.
+        weight: Factors ``[columns]`` or ``None``.
+        bias: Offsets ``[columns]`` or ``None``.
+        out: Where the normalised rows go.
+        means: Where the rows' means go, ``[rows]``, if ``centre``.
+        scales: Where the rows' factors go, ``[rows]``.
+        eps: Added to the variance or mean square.
+        centre: Whether the mean is taken off.
+    """
+    _norm_forward(_extension(), x, keep, weight, bias, out, means, scales, eps, centre)
+
+
+def norm_backward(
+    gradient: Tensor, x: Tensor, keep: Tensor, weight: Tensor | None, means: Tensor, scales: Tensor, to_x: Tensor,
+    eps: float, centre: bool,
+) -> Tensor:  # fmt: skip
+    """The gradient of :func:`norm_forward`: that of the rows is written to ``to_x``.
+
+    Returns:
+        The gradients of mask, weight and bias, ``[3, columns]``.
+    """
+    return _norm_backward(_extension(), gradient, x, keep, weight, means, scales, to_x, eps, centre)
+
+
+def _matrix(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
+def _norm_forward(
+    extension: Extension, x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor,
+    means: Tensor, scales: Tensor, eps: float, centre: bool,
+) -> None:  # fmt: skip
+    module, level = extension
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (x, keep, weight, bias, out, means, scales)]
+    module.norm_forward(level, *addresses, *_matrix(x), eps, centre, torch.get_num_threads())
+
+
+def _norm_backward(
+    extension: Extension, gradient: Tensor, x: Tensor, keep: Tensor, weight: Tensor | None, means: Tensor,
+    scales: Tensor, to_x: Tensor, eps: float, centre: bool,
+) -> Tensor:  # fmt: skip
+    module, level = extension
+    threads = torch.get_num_threads()
+    sums = x.new_empty(threads, 3, x.shape[-1])
+    tensors = (gradient, x, keep, weight, means, scales, to_x, sums)
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    shares = module.norm_backward(level, *addresses, *_matrix(x), eps, centre, threads)
+    return sums[0] if shares == 1 else sums[:shares].sum(0)

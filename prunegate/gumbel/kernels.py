@@ -12,6 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from prunegate.gumbel import philox
+
+_ROUNDS = tl.constexpr(philox.ROUNDS)
+
 
 @triton.jit
 def _log(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -56,22 +60,35 @@ def _logistic(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _words(state, counter, row, draw):  # type: ignore[no-untyped-def]
+    """Four random words of each counter, in two dimensions more, two wide each."""
+    zero = tl.zeros_like(counter)
+    step = zero + tl.load(state + 1).to(tl.int32)
+    a, b, c, d = tl.philox(tl.load(state), counter, zero + row, step, zero + draw, _ROUNDS)
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit
 def _line_of_words(state, row, first, draw, QUARTER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Random words of 4 * QUARTER columns of one row; ``first`` counts the columns before them by fours."""
-    counter = first + tl.arange(0, QUARTER)
-    zero = tl.zeros_like(counter)
-    a, b, c, d = tl.philox(tl.load(state), counter, zero + row, zero + tl.load(state + 1).to(tl.int32), zero + draw)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (4 * QUARTER,))
+    return tl.reshape(_words(state, first + tl.arange(0, QUARTER), row, draw), (4 * QUARTER,))
 
 
 @triton.jit
 def _tile_of_words(state, row, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Random words of the first 4 * QUARTER columns of ROWS rows."""
-    zero = tl.zeros((ROWS, QUARTER), tl.int32)
-    counter = zero + tl.arange(0, QUARTER)[None, :]
-    rows = zero + (row + tl.arange(0, ROWS))[:, None]
-    a, b, c, d = tl.philox(tl.load(state), counter, rows, zero + tl.load(state + 1).to(tl.int32), zero + draw)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, 4 * QUARTER))
+    counter = tl.zeros((ROWS, QUARTER), tl.int32) + tl.arange(0, QUARTER)[None, :]
+    rows = (row + tl.arange(0, ROWS))[:, None]
+    return tl.reshape(_words(state, counter, rows, draw), (ROWS, 4 * QUARTER))
+
+
+@triton.jit
+def _tile(rows, columns, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's first row; the columns; which places are inside the matrix; and where they are in memory."""
+    row = tl.program_id(0) * ROWS
+    column = tl.arange(0, 4 * QUARTER)[None, :]
+    line = (row + tl.arange(0, ROWS))[:, None]
+    return row, column, (line < rows) & (column < columns), line.to(tl.int64) * columns + column
 
 
 @triton.jit
@@ -171,11 +188,7 @@ def tile_forward(  # type: ignore[no-untyped-def]
     FAST: tl.constexpr,
 ):
     """Samples rows that fit in a program, ROWS of them at once."""
-    row = tl.program_id(0) * ROWS
-    column = tl.arange(0, 4 * QUARTER)[None, :]
-    line = (row + tl.arange(0, ROWS))[:, None]
-    inside = (line < rows) & (column < columns)
-    at = line.to(tl.int64) * columns + column
+    row, column, inside, at = _tile(rows, columns, QUARTER, ROWS)
     score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     score -= _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)
     score = tl.where(column < columns, score, float("-inf"))
@@ -225,11 +238,7 @@ def tile_backward(  # type: ignore[no-untyped-def]
     That of the relaxed rows; or its mean over DRAWS conditional draws; or ReinMax's, twice the gradient halfway from
     the sample to softmax(l / tau), less half of that at softmax(l).
     """
-    row = tl.program_id(0) * ROWS
-    column = tl.arange(0, 4 * QUARTER)[None, :]
-    line = (row + tl.arange(0, ROWS))[:, None]
-    inside = (line < rows) & (column < columns)
-    at = line.to(tl.int64) * columns + column
+    row, column, inside, at = _tile(rows, columns, QUARTER, ROWS)
     logit = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     logit = tl.where(column < columns, logit, float("-inf"))
     score = logit - _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)

@@ -1,12 +1,14 @@
 """LayerNorm and RMSNorm over kept positions: what the norm will compute once the others are cut away.
 
-Statistics are weighted by ``keep``, sum(keep * x) / sum(keep), and are differentiated through it, the count too. On a
-GPU one kernel replaces the several passes over memory that torch's operations make; elsewhere those are used.
+Statistics are weighted by ``keep``, sum(keep * x) / sum(keep), and are differentiated through it, the count too. One
+kernel, in Triton or C, replaces the several passes over memory that torch's operations make; where neither can run,
+and where something looks on that must see torch's operations, those are used.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from prunegate.errors import SamplerError
-from prunegate.gumbel import triton
+from prunegate.gumbel import cpu, triton
 from prunegate.gumbel.arguments import is_plain_eager
 
 # A row is held in the registers of one program.
@@ -73,12 +75,20 @@ def _norm(x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, e
             f"keep must be flat, with one number for each position of the last dimension of {[*x.shape]}; "
             f"its shape is {[*keep.shape]}."
         )
-    fits = x.numel() > 0 and x.shape[-1] <= WIDEST and x.dtype in triton.DTYPES
-    on_device = (x.is_cuda or triton.interpreting()) and triton.availability().startswith("available")
-    if fits and on_device and is_plain_eager(x) and is_plain_eager(keep):
-        rows = _MaskedNorm.apply(x.reshape(-1, x.shape[-1]), keep, weight, bias, eps, centre)
-        return rows.reshape(x.shape)
+    tensors = [tensor for tensor in (x, keep, weight, bias) if tensor is not None]
+    if x.numel() and all(map(is_plain_eager, tensors)) and (_on_gpu(x) or _in_c(tensors)):
+        return _MaskedNorm.apply(x, keep, weight, bias, eps, centre)
     return plain_norm(x, keep, weight, bias, eps, centre)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    here = (x.is_cuda or triton.interpreting()) and triton.availability().startswith("available")
+    return here and x.shape[-1] <= WIDEST and x.dtype in triton.DTYPES
+
+
+def _in_c(tensors: Sequence[Tensor]) -> bool:
+    fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    return fits and cpu.load()[0] is not None
 
 
 def plain_norm(x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool) -> Tensor:
@@ -114,16 +124,12 @@ class _MaskedNorm(Function):
         ctx: Any, x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centre: bool
     ) -> Tensor:
         x, keep = x.contiguous(), keep.contiguous()
-        rows, columns = x.shape
+        weight, bias = (None if tensor is None else tensor.contiguous() for tensor in (weight, bias))
         out = torch.empty_like(x)
-        scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+        scales = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
         means = torch.empty_like(scales) if centre else scales
-        flags = {"CENTRE": centre, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-        # A tensor stands in for each that is absent; the flags keep the kernel from reading it.
-        _kernels().norm_forward[(rows,)](
-            x, keep, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), out,
-            means, scales, columns, eps, WIDTH=_width(columns), num_warps=launch_warps(columns), **flags,
-        )  # fmt: skip
+        forward = _triton_forward if _on_gpu(x) else cpu.norm_forward
+        forward(x, keep, weight, bias, out, means, scales, eps, centre)
         ctx.save_for_backward(x, keep, weight, bias, means, scales)
         ctx.eps, ctx.centre = eps, centre
         return out
@@ -133,24 +139,44 @@ class _MaskedNorm(Function):
         x, keep, weight, bias, means, scales = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
             return _differentiable_backward(ctx, gradient, x, keep, weight, bias)
-        rows, columns = x.shape
-        shares = min(rows, SHARES)
         to_x = torch.empty_like(x)
-        sums = torch.empty(3, shares, columns, dtype=torch.float32, device=x.device)
-        _kernels().norm_backward[(shares,)](
-            gradient.contiguous(), x, keep, x if weight is None else weight.contiguous(), means, scales, to_x, sums[0],
-            sums[1], sums[2], rows, columns, ctx.eps, CENTRE=ctx.centre, HAS_WEIGHT=weight is not None,
-            WIDTH=_width(columns), num_warps=launch_warps(columns),
-        )  # fmt: skip
-        to_keep, to_weight, to_bias = sums.sum(1)
+        backward = _triton_backward if _on_gpu(x) else cpu.norm_backward
+        sums = backward(gradient.contiguous(), x, keep, weight, means, scales, to_x, ctx.eps, ctx.centre)
+        inputs = (keep, weight, bias)
         return (
             to_x,
-            to_keep.to(keep.dtype),
-            None if weight is None else to_weight.to(weight.dtype),
-            None if bias is None else to_bias.to(bias.dtype),
+            *(None if each is None else total.to(each.dtype) for total, each in zip(sums, inputs, strict=True)),
             None,
             None,
         )
+
+
+def _triton_forward(
+    x: Tensor, keep: Tensor, weight: Tensor | None, bias: Tensor | None, out: Tensor, means: Tensor, scales: Tensor,
+    eps: float, centre: bool,
+) -> None:  # fmt: skip
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    # A tensor stands in for each that is absent; the flags keep the kernel from reading it.
+    _kernels().norm_forward[(rows,)](
+        x, keep, x if weight is None else weight, x if bias is None else bias, out, means, scales, columns, eps,
+        CENTRE=centre, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None, WIDTH=_width(columns),
+        num_warps=launch_warps(columns),
+    )  # fmt: skip
+
+
+def _triton_backward(
+    gradient: Tensor, x: Tensor, keep: Tensor, weight: Tensor | None, means: Tensor, scales: Tensor, to_x: Tensor,
+    eps: float, centre: bool,
+) -> Tensor:  # fmt: skip
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    shares = min(rows, SHARES)
+    sums = torch.empty(3, shares, columns, dtype=torch.float32, device=x.device)
+    _kernels().norm_backward[(shares,)](
+        gradient, x, keep, x if weight is None else weight, means, scales, to_x, sums[0], sums[1], sums[2], rows,
+        columns, eps, CENTRE=centre, HAS_WEIGHT=weight is not None, WIDTH=_width(columns),
+        num_warps=launch_warps(columns),
+    )  # fmt: skip
+    return sums.sum(1)
 
 
 def _differentiable_backward(

@@ -240,7 +240,7 @@ def test_masked_norms_equal_the_oracle(
     ours = (
         norms.masked_layer_norm(x, keep, weight, bias, eps) if centre else norms.masked_rms_norm(x, keep, weight, eps)
     )
-    assert "MaskedNorm" in str(ours.grad_fn.next_functions[0][0])
+    assert "MaskedNorm" in str(ours.grad_fn)
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in (x, keep, weight, bias)]
     theirs = norms.plain_norm(*wide, eps, centre)
     assert_close(ours.double(), theirs, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from torch.testing import assert_close
 
 from prunegate.errors import SamplerError
-from prunegate.gumbel import Philox, backends, cpu, gumbel_sigmoid, gumbel_softmax, reference
+from prunegate.gumbel import Philox, backends, cpu, gumbel_sigmoid, gumbel_softmax, masked_layer_norm, norms, reference
 from prunegate.gumbel.arguments import make_options
 
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason=cpu.availability())
@@ -128,6 +128,49 @@ def test_every_instruction_set_masks_ties_and_refuses_alike(extension: cpu.Exten
         logits[3], logits[17] = 0.0, -torch.inf
         with pytest.raises(SamplerError, match="1 of 20 rows"):
             cpu._softmax_forward(extension, logits, hard, soft, None, state, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (4, 3, 32), (9, 384), (3, 1000), (400, 200)], ids=str)
+@pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_masked_norms_equal_the_oracle(
+    extension: cpu.Extension, shape: tuple[int, ...], centre: bool, affine: bool
+) -> None:
+    torch.set_num_threads(2)
+    columns = shape[-1]
+    x, gradient = torch.randn(shape) + 2.0, torch.randn(shape)
+    keep = (torch.arange(columns) % 3 != 1).float()
+    weight, bias = (torch.randn(columns) if affine else None for _ in "ab")
+    bias = bias if centre else None
+    rows = x.numel() // columns
+    out, to_x, means, scales = torch.empty_like(x), torch.empty_like(x), torch.empty(rows), torch.empty(rows)
+    # Epsilon is large enough that a mistake in its place shows.
+    cpu._norm_forward(extension, x, keep, weight, bias, out, means, scales, 0.3, centre)
+    found = cpu._norm_backward(extension, gradient, x, keep, weight, means, scales, to_x, 0.3, centre)
+    wide = [None if tensor is None else tensor.double().requires_grad_() for tensor in (x, keep, weight, bias)]
+    expected = norms.plain_norm(*wide, 0.3, centre)
+    assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    inputs = [tensor for tensor in wide if tensor is not None]
+    exact = iter(torch.autograd.grad(expected, inputs, gradient.double()))
+    for tensor, ours in zip(wide, (to_x, *found), strict=True):
+        if tensor is not None:
+            theirs = next(exact)
+            assert_close(ours.double(), theirs, atol=2e-6 * max(1.0, float(theirs.abs().max())), rtol=1e-5)
+
+
+def test_masked_norms_have_second_derivatives_and_need_no_mask_that_learns() -> None:
+    x, keep = torch.randn(6, 20, requires_grad=True), (torch.arange(20) % 3 != 1).float().requires_grad_()
+    weight, probe = torch.randn(6, 20), torch.randn(6, 20)
+    derivatives = []
+    for norm in (masked_layer_norm, lambda *inputs: norms.plain_norm(*inputs, None, None, 1e-5, True)):
+        (first,) = torch.autograd.grad(norm(x, keep), x, weight, create_graph=True)
+        derivatives.append([first.detach(), *torch.autograd.grad(first, (x, keep), probe)])
+    assert_close(*derivatives, atol=1e-5, rtol=1e-4)
+    ours = masked_layer_norm(x, keep.detach())
+    assert "MaskedNorm" in str(ours.grad_fn)
+    assert_close(torch.autograd.grad(ours, x, weight)[0], derivatives[1][0])
+    turned = masked_layer_norm(x.T.contiguous().T, keep)
+    assert turned.equal(ours)
 
 
 def test_instruction_sets_draw_the_same_gates_up_to_near_ties(state: torch.Tensor) -> None:

@@ -1,0 +1,34 @@
+/* All kernels for one instruction set, written once for vectors of WIDTH floats.
+ *
+ * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
+ * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
+ * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane, and
+ * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows; and SUM_LANES.
+ */
+
+#include "_cpu_vector.h"
+#include "_cpu_kernels.h"
+#include "_cpu_norms.h"
+
+static const Kernels ID(kernels) = {
+    ID(sigmoid_forward), ID(sigmoid_backward), ID(softmax_forward), ID(softmax_backward),
+    ID(noise),           ID(norm_forward),     ID(norm_backward),
+};
+
+#undef VF
+#undef VI
+#undef VL
+#undef BLOCK
+#undef SPAN
+#undef INLINE
+#undef WIDTH
+#undef ID
+#undef VMAX
+#undef MUL_LOW
+#undef UNPACK_LO32
+#undef UNPACK_HI32
+#undef UNPACK_LO64
+#undef UNPACK_HI64
+#undef LOAD_ROWS
+#undef STORE_ROWS
+#undef SUM_LANES
