@@ -36,7 +36,8 @@ class Labels:
     """Disjoint sets of integer labels. The root of a class is its smallest member, so class 0 has root 0.
 
     A label is *strong* when a parameter made it and *weak* when a buffer did: a class is worth a gate only if one
-    of its members is strong.
+    of its members is strong. A label is *inner* when it names a position inside a head (see ``heads.py``); a class is
+    when one of its members is.
 
     Attributes:
         version: Grows with every union that changes something; what was found under one version stays true in it.
@@ -46,6 +47,8 @@ class Labels:
         self.version = 0
         self._parent = torch.zeros(1, dtype=torch.int64)
         self._strong = torch.ones(1, dtype=torch.bool)
+        self._inner = torch.zeros(1, dtype=torch.bool)
+        self.has_inner = False
         # The same forest without the frozen class: from a frozen label up to the root by which it was frozen.
         self._unfrozen = torch.zeros(1, dtype=torch.int64)
         self._frozen_by = torch.full((1,), -1, dtype=torch.int64)
@@ -55,12 +58,13 @@ class Labels:
     def __len__(self) -> int:
         return self._parent.numel()
 
-    def fresh(self, count: int, strong: bool | Tensor = True) -> Tensor:
+    def fresh(self, count: int, strong: bool | Tensor = True, inner: bool = False) -> Tensor:
         """Makes ``count`` new labels, each a class of its own.
 
         Args:
             count: How many.
             strong: Whether they are strong; one bool for all, or a bool tensor ``[count]``.
+            inner: Whether they are inner.
 
         Returns:
             The labels, int64 ``[count]``.
@@ -71,6 +75,8 @@ class Labels:
         self._unfrozen = torch.cat([self._unfrozen, new])
         flags = strong if isinstance(strong, Tensor) else torch.full((count,), strong)
         self._strong = torch.cat([self._strong, flags])
+        self._inner = torch.cat([self._inner, torch.full((count,), inner)])
+        self.has_inner |= inner
         self._frozen_by = torch.cat([self._frozen_by, torch.full((count,), -1)])
         return new
 
@@ -94,6 +100,11 @@ class Labels:
         """Whether each class, given by its root, has a strong member."""
         self.settle()
         return self._strong[roots]
+
+    def is_inner(self, roots: Tensor) -> Tensor:
+        """Whether each class, given by its root, has an inner member."""
+        self.settle()
+        return self._inner[roots]
 
     def union(self, a: Tensor, b: Tensor, reason: Reason) -> bool:
         """Joins the classes of ``a`` and ``b``, position by position (broadcasting). Returns whether any changed."""
@@ -136,7 +147,8 @@ class Labels:
             which = None if which is None else which[different]
         low, high = torch.minimum(a, b), torch.maximum(a, b)
         touched = torch.cat([low, high])
-        strong = touched[torch.take(self._strong, touched)]
+        strong = touched[self._strong.index_select(0, touched)]
+        inner = touched[torch.take(self._inner, touched)] if self.has_inner else touched[:0]
         # Hook every larger root onto the smallest root it must join; repeat on what is still apart.
         while low.numel():
             self._parent.scatter_reduce_(0, high, low, "amin")
@@ -155,6 +167,9 @@ class Labels:
             low, high = torch.minimum(a, b), torch.maximum(a, b)
         if strong.numel():
             self._strong[_find(self._parent, strong)] = True
+        if inner.numel():
+            roots = _find(self._parent, inner)
+            self._inner[roots[roots != FROZEN]] = True
         self.version += 1
         if self.version % _UNIONS_BETWEEN_FLATTENING == 0:
             self._flatten()
@@ -170,9 +185,9 @@ class Labels:
 
 
 def _find(parent: Tensor, labels: Tensor) -> Tensor:
-    root = torch.take(parent, labels)
+    root = parent.index_select(0, labels.reshape(-1))
     while True:
-        above = torch.take(parent, root)
+        above = parent.index_select(0, root)
         if torch.equal(above, root):
-            return root
+            return root.view(labels.shape)
         root = above
