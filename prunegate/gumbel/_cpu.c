@@ -69,6 +69,7 @@ typedef struct {
 #define WIDTH 4
 #define ID(name) base_##name
 #define VMAX(a, b) base_where((a) > (b), a, b)
+#define VMIN(a, b) base_where((a) < (b), a, b)
 #ifdef X86
 #define MUL_LOW(a, b) ((base_vl)_mm_mul_epu32((__m128i)(a), (__m128i)(b)))
 #else
@@ -103,6 +104,7 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
 #define WIDTH 8
 #define ID(name) avx2_##name
 #define VMAX(a, b) ((avx2_vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define VMIN(a, b) ((avx2_vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #define MUL_LOW(a, b) ((avx2_vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
 #define UNPACK_LO32(a, b) ((avx2_vi)_mm256_unpacklo_epi32((__m256i)(a), (__m256i)(b)))
 #define UNPACK_HI32(a, b) ((avx2_vi)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
@@ -126,6 +128,7 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
 #define WIDTH 16
 #define ID(name) avx512_##name
 #define VMAX(a, b) ((avx512_vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define VMIN(a, b) ((avx512_vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define MUL_LOW(a, b) ((avx512_vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
 #define UNPACK_LO32(a, b) ((avx512_vi)_mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b)))
 #define UNPACK_HI32(a, b) ((avx512_vi)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))

@@ -116,10 +116,7 @@ INLINE void ID(hard_and_soft)(VF score, VF inverse_tau, VF *hard, VF *soft)
 {
     VI nan = score != score;
     *hard = (VF)(((score > 0.0f) & (VI)ID(all)(1.0f)) | nan);
-    VF x = score * inverse_tau;
-    VF e = ID(exp)((VF)((VI)x | INT32_MIN));
-    VF upper = 1.0f / (1.0f + e);
-    *soft = (VF)((VI)ID(where)(x >= 0.0f, upper, e * upper) | nan);
+    *soft = (VF)((VI)ID(sigmoid)(score * inverse_tau) | nan);
 }
 
 /* Gates, and beside them what backward needs: the relaxed gates, or the slopes of an estimator. */

@@ -1,7 +1,7 @@
 /* All kernels for one instruction set, written once for vectors of WIDTH floats.
  *
  * The including file defines, for each inclusion: WIDTH, ID(name) to make names unique, and the few operations for
- * which portable vector code would be slow: VMAX, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
+ * which portable vector code would be slow: VMAX, VMIN, MUL_LOW (low halves of 64-bit lanes, to 64-bit products) and the
  * unpack operations UNPACK_LO32, UNPACK_HI32, UNPACK_LO64, UNPACK_HI64, which work inside each 128-bit lane, and
  * LOAD_ROWS and STORE_ROWS, which move four floats of each of WIDTH / 4 rows; and SUM_LANES.
  */
@@ -24,6 +24,7 @@ static const Kernels ID(kernels) = {
 #undef WIDTH
 #undef ID
 #undef VMAX
+#undef VMIN
 #undef MUL_LOW
 #undef UNPACK_LO32
 #undef UNPACK_HI32

@@ -66,20 +66,18 @@ INLINE VF ID(log)(VF x)
     p = p * f + 2.0000714765e-1f;
     p = p * f - 2.4999993993e-1f;
     p = p * f + 3.3333331174e-1f;
-    VF y = p * (f * z) - 2.12194440e-4f * e;
+    VF y = p * (f * z);
     y = y - 0.5f * z;
-    return (f + y) + 0.693359375f * e;
+    return (f + y) + 0.693147181f * e;
 }
 
-/* Exponential of numbers that are 0 or less; those under -87 give 0, as does a NaN. */
-INLINE VF ID(exp)(VF x)
+/* Exponential of numbers from -87 to 89; infinite from 88.4 on. */
+INLINE VF ID(bare_exp)(VF x)
 {
-    VI in_range = x > -87.0f;
-    VF clamped = VMAX(x, ID(all)(-87.0f));
     /* Adding 1.5 * 2^23 rounds to an integer, which the low bits of the sum then hold. */
-    VF shifted = clamped * 1.44269504088896341f + 12582912.0f;
+    VF shifted = x * 1.44269504088896341f + 12582912.0f;
     VF n = shifted - 12582912.0f;
-    VF r = clamped - n * 0.693359375f;
+    VF r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -88,5 +86,15 @@ INLINE VF ID(exp)(VF x)
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
     VF scale = (VF)(((VI)shifted - 0x4b400000 + 127) << 23);
-    return (VF)((VI)(p * scale) & in_range);
+    return p * scale;
 }
+
+/* Exponential of numbers that are 0 or less; those under -87 give 0, as does a NaN. */
+INLINE VF ID(exp)(VF x)
+{
+    VI in_range = x > -87.0f;
+    return (VF)((VI)ID(bare_exp)(VMAX(x, ID(all)(-87.0f))) & in_range);
+}
+
+/* Logistic function of any number but NaN. */
+INLINE VF ID(sigmoid)(VF x) { return 1.0f / (1.0f + ID(bare_exp)(VMIN(VMAX(-x, ID(all)(-87.0f)), ID(all)(89.0f)))); }
