@@ -15,6 +15,7 @@ from prunegate.errors import AttachError
 from prunegate.gated import GatedModel, example_input_of
 from prunegate.groups import freeze_kinds, make_groups
 from prunegate.install import install, running_copy
+from prunegate.labels.heads import positions_in_heads
 from prunegate.labels.paths import find_choices
 from prunegate.labels.record import Call
 from prunegate.labels.trace import trace
@@ -25,6 +26,7 @@ from prunegate.slim.locate import locate
 __all__ = ["attach"]
 
 _UNITS = ("channel", "head")
+_KINDS = (*_UNITS, "head_dim")
 
 
 def attach(model: nn.Module, example_input: Any = None, units: Collection[str] = _UNITS,
@@ -37,7 +39,9 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
         model: Any ``nn.Module`` that runs on ``example_input``.
         example_input: A tensor, a tuple of positional or a dict of keyword inputs; costs are counted at its batch size.
             For timm models it may be left out: a batch of one is made from the model's configuration.
-        units: Which kinds get gates: ``"channel"`` (every kind that is not a head) and ``"head"``.
+        units: Which kinds get gates: ``"channel"`` (every kind that has no name of its own here) and ``"head"``; on
+            request also ``"head_dim"``, one position of every head of an attention: queries and keys lose it together,
+            and values with them where one tensor holds all three. Not where heads come from a convolution.
         ignore: Shell-style patterns of qualified module or parameter names; units that these parameters are part of
             get no gate. A ``Choice`` that a pattern names keeps its first operator.
         paths: Which operators of a ``Choice`` run in a training step of a search. ``"single"``: the one that is drawn,
@@ -63,7 +67,11 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
     _check(model, units, paths, top_k)
     inputs = example_input_of(model) if example_input is None else example_input
     ignored = _matcher(model, ignore)
-    traced = trace(model, inputs, ignore=ignored, choices=find_choices(model, ignored))
+    choices = find_choices(model, ignored)
+    traced = trace(model, inputs, ignore=ignored, choices=choices)
+    if "head_dim" in units:
+        inside = positions_in_heads(traced.algebra, traced.tensors)
+        traced = trace(model, inputs, ignore=ignored, choices=choices, inside=inside)
     freeze_kinds(traced, units)
 
     def place(call: Call) -> Any:
@@ -99,14 +107,14 @@ def _check(model: nn.Module, units: Collection[str], paths: str, top_k: int) -> 
         raise AttachError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
     if any(isinstance(module, GatedModel) for module in model.modules()):
         raise AttachError("the model is gated already; export() it first, or attach to the original model")
-    unknown = [unit for unit in units if unit not in _UNITS]
+    unknown = [unit for unit in units if unit not in _KINDS]
     if paths not in PATHS:
         raise AttachError(f"paths={paths!r} was given; expected one of {PATHS}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 2:
         raise AttachError(f"top_k={top_k!r} was given; expected how many operators run at once, 2 or more")
     chooses = any(isinstance(module, Choice) for module in model.modules())
     if isinstance(units, str) or unknown or not (units or chooses):
-        raise AttachError(f"units={units!r} was given; expected one or more of {_UNITS}, in a tuple")
+        raise AttachError(f"units={units!r} was given; expected one or more of {_KINDS}, in a tuple")
 
 
 def _matcher(model: nn.Module, patterns: Collection[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,14 +38,14 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
     keep = stays[gate_map.of_label]
 
     def kept(node: Node, dim: int) -> Tensor | None:
-        labels = trace.along(node, dim)
-        return None if labels is None else keep[labels]
+        planes = [keep[plane.flatten()] for plane in trace.planes_along(node, dim)]
+        return functools.reduce(torch.logical_and, planes) if planes else None
 
     chosen = chosen_by(gate_map, mask)
     there = paths_of_modules(trace.model, trace.choices) if chosen else {}
     tensors = {
-        (name, dim): stays[gates]
-        for (name, dim), gates in gate_map.dims.items()
+        (name, dim): positions
+        for (name, dim), positions in gate_map.kept(mask).items()
         if is_active(there.get(name.rpartition(".")[0], ()), chosen)
     }
     choices = {

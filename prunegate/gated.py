@@ -198,13 +198,19 @@ class GatedModel(nn.Module):
                     f"the mask keeps {int(given[own].sum())} operators of the choice {name!r} (gates {own.start} to "
                     f"{own.stop - 1}); exactly one must stay"
                 )
-        for (tensor, dim), index in self.gate_map.dims.items():
+        for (tensor, dim), index in (*self.gate_map.dims.items(), *self.gate_map.inner.items()):
             if bool((index >= 0).all()) and not bool(given[index].any()):
                 group = self._group_of(int(index[0]))
                 raise MaskError(
                     f"the mask removes every position of {tensor!r} along dimension {dim}; a layer must keep at "
                     f"least one unit: keep one of group {group.name!r} (gates {group.slice.start} to "
                     f"{group.slice.stop - 1})"
+                )
+        for group in self.groups:
+            if group.kind == "head_dim" and not bool(given[group.slice].any()):
+                raise MaskError(
+                    f"the mask removes every position inside the heads of {group.name!r} (gates {group.slice.start} to "
+                    f"{group.slice.stop - 1}); at least one must stay"
                 )
         return given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prunegate.errors import PlanError, PruneGateError
+from prunegate.labels.heads import positions_in_heads
 from prunegate.labels.record import Node
 from prunegate.labels.trace import call_model, trace
+from prunegate.labels.unionfind import FROZEN
 from prunegate.plan import Plan
 from prunegate.slim.derive import derive_plan
 from prunegate.slim.slicing import check_tensors
@@ -38,21 +41,30 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
     inputs = torch.zeros(1, *size)
     try:
         traced = trace(dense, inputs)
+        inside = positions_in_heads(traced.algebra, traced.tensors)
+        if inside:
+            traced = trace(dense, inputs, inside=inside)
         stays = torch.ones(len(traced.labels), dtype=torch.bool)
+
+        def kept_of(node: Node, dim: int) -> Tensor | None:
+            planes = [stays[plane.flatten()] for plane in traced.planes_along(node, dim)]
+            return functools.reduce(torch.logical_and, planes) if planes else None
+
         tensors: dict[tuple[str, int], Tensor] = {}
         for name, dims in plan.kept.items():
             for dim, positions in dims.items():
                 kept = torch.zeros(plan.dense[name][dim], dtype=torch.bool)
                 kept[list(positions)] = True
                 tensors[name, dim] = kept
-                labels = traced.along(traced.tensors[traced.aliases.get(name, name)], dim)
-                if labels is None or bool((labels[~kept] == 0).any()):
+                planes = traced.planes_along(traced.tensors[traced.aliases.get(name, name)], dim)
+                for labels in (plane.flatten() for plane in planes):
+                    # A unit is gone when all its positions are; what is left over must be inside a head that is.
+                    partly = torch.zeros(len(traced.labels), dtype=torch.bool)
+                    partly[labels[kept]] = True
+                    stays[labels[~partly[labels]]] = False
+                where = kept_of(traced.tensors[traced.aliases.get(name, name)], dim)
+                if where is None or not bool(stays[FROZEN]) or bool((where & ~kept).any()):
                     raise PlanError(f"the plan removes positions of {name!r} that cannot be removed here")
-                stays[labels[~kept]] = False
-
-        def kept_of(node: Node, dim: int) -> Tensor | None:
-            labels = traced.along(node, dim)
-            return None if labels is None else stays[labels]
 
         again = derive_plan(dense, traced.calls, kept_of, tensors, lambda slim: call_model(slim, inputs), inputs)
     except PlanError:

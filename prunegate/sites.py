@@ -103,7 +103,7 @@ def _live(trace: Trace) -> int:
 
 def _find_once(trace: Trace, locate: Locate) -> Sites:
     origins, uses = _Origins(trace), _Uses(trace)
-    parameters: dict[tuple[str, int], ParameterSite] = {}
+    parameters: dict[tuple[str, int, bool], ParameterSite] = {}
     operands: dict[Hashable, OperandSite] = {}
     statistics: dict[Hashable, StatisticSite] = {}
     for event in trace.algebra.consumptions:
@@ -111,11 +111,11 @@ def _find_once(trace: Trace, locate: Locate) -> Sites:
             continue
         owned = list(_parameter_sites(trace, origins, event))
         # A parameter that is used in several ways is gated in this one alone, where its call can be edited.
-        if owned and uses.differ(event) and _add(operands, _operand_site(trace, event), locate):
+        if owned and uses.differ(event) and _add_all(operands, _operand_sites(trace, event), locate):
             continue
         for site in owned:
-            parameters[site.name, site.dim] = site
-        if not owned and not _add(operands, _operand_site(trace, event), locate):
+            parameters[site.name, site.dim, trace.algebra.is_inner(site.plane)] = site
+        if not owned and not _add_all(operands, _operand_sites(trace, event), locate):
             node, dims = event.operands[0]
             for plane in trace.algebra.get(node):
                 if varying(plane) <= dims:
@@ -131,8 +131,14 @@ def _add(found: dict[Hashable, Any], site: Any, locate: Locate) -> bool:
     """Files the site of one execution of a call, if its place in the source can be edited."""
     if site is None or locate(site.call) is None:
         return False
-    found[id(site.call), site.argument if isinstance(site, OperandSite) else 0, varying(site.plane)] = site
+    # Heads and positions inside them may stand on one dimension; each has a gate there.
+    argument = site.argument if isinstance(site, OperandSite) else 0
+    found[id(site.call), argument, varying(site.plane), int(site.plane.max())] = site
     return True
+
+
+def _add_all(found: dict[Hashable, Any], sites: Sequence[Any], locate: Locate) -> bool:
+    return bool(sites) and all([_add(found, site, locate) for site in sites])
 
 
 def _freeze(trace: Trace, plane: Tensor, event: Consumption | Reduction, why: str) -> None:
@@ -156,13 +162,13 @@ class _Origins:
     """
 
     def __init__(self, trace: Trace) -> None:
-        self._keys: list[tuple[str, int]] = []
-        starts = []
+        first: list[tuple[int, tuple[str, int]]] = []
         for name, node in trace.tensors.items():
             for plane in node.planes:
-                self._keys.append((name, next(iter(varying(plane)))))
-                starts.append(int(plane.flatten()[0]))
-        self._starts = torch.tensor(starts)
+                first.append((int(plane[plane > FROZEN].min()), (name, next(iter(varying(plane))))))
+        first.sort()
+        self._keys = [key for _, key in first]
+        self._starts = torch.tensor([start for start, _ in first])
 
     def of(self, node: Node, dims: frozenset[int]) -> list[int]:
         """Dimensions of ``node.source`` that the contracted dimensions ``dims`` of ``node`` came from."""
@@ -170,7 +176,8 @@ class _Origins:
         found = set()
         for plane in node.planes:
             if varying(plane) and varying(plane) <= dims:
-                owners = torch.unique(torch.bucketize(plane.flatten(), self._starts, right=True) - 1).tolist()
+                own = plane[plane > FROZEN]
+                owners = torch.unique(torch.bucketize(own, self._starts, right=True) - 1).tolist()
                 found |= {self._keys[at][1] for at in owners if self._keys[at][0] == node.source.name}
         return sorted(found)
 
@@ -195,7 +202,8 @@ class _Uses:
                 self._ways.setdefault(self._key(node, op), set()).add((node.source.name, own))
 
     def _key(self, node: Node, op: Op) -> tuple[str, ...]:
-        assert node.source is not None and node.source.name is not None
+        assert node.source is not None
+        assert node.source.name is not None
         return tuple(_readers(self._trace, node.source.name, op))
 
     def differ(self, event: Consumption) -> bool:
@@ -217,12 +225,9 @@ def _parameter_sites(trace: Trace, origins: _Origins, event: Consumption) -> Ite
         if node.source is None or node.source.name is None:
             continue
         for dim in origins.of(node, dims):
-            labels = trace.along(node.source, dim)
-            if labels is not None:
-                shape = [1] * node.source.ndim
-                shape[dim] = labels.numel()
+            for plane in trace.planes_along(node.source, dim):
                 for name in _readers(trace, node.source.name, event.op):
-                    yield ParameterSite(name, dim, labels.reshape(shape))
+                    yield ParameterSite(name, dim, plane)
         return
 
 
@@ -247,21 +252,21 @@ _CONTRACTED: dict[str, tuple[tuple[int, int], ...]] = {
 }
 
 
-def _operand_site(trace: Trace, event: Consumption) -> OperandSite | None:
+def _operand_sites(trace: Trace, event: Consumption) -> list[OperandSite]:
+    """The smallest operand of the call, with each plane on its contracted dimension."""
     call = event.op.call
     if call is None:
-        return None
+        return []
     tensors = list(nodes_in((call.args, call.kwargs)))
     candidates = _einsum_operands(call, tensors) if call.name == "einsum" else _CONTRACTED.get(call.name, ())
-    best: OperandSite | None = None
+    best: list[OperandSite] = []
     for argument, dim in candidates:
         node = tensors[argument]
         if node.ndim == 1:
             dim = -1
-        for plane in trace.algebra.get(node):
-            if varying(plane) == {dim % node.ndim}:
-                if best is None or node.numel() < tensors[best.argument].numel():
-                    best = OperandSite(call, argument, plane)
+        found = [OperandSite(call, argument, plane) for plane in trace.planes_along(node, dim % node.ndim)]
+        if found and (not best or node.numel() < tensors[best[0].argument].numel()):
+            best = found
     return best
 
 
@@ -284,7 +289,11 @@ def _statistic_site(trace: Trace, event: Reduction) -> StatisticSite | None:
         return None
     node = next(nodes_in((call.args, call.kwargs)), None)
     wanted = torch.unique(trace.labels.find(event.plane))
-    for plane in trace.algebra.get(node) if node is not None else []:
-        if len(varying(plane)) == 1 and torch.equal(torch.unique(plane), wanted):
-            return StatisticSite(call, plane)
-    return None
+    found = [
+        plane
+        for plane in (trace.algebra.get(node) if node is not None else [])
+        if len(varying(plane)) == 1 and torch.equal(torch.unique(plane), wanted)
+    ]
+    # Units may stand on two dimensions of one tensor, as the channels of a head do in a product with themselves.
+    found.sort(key=lambda plane: varying(plane) != varying(trace.labels.find(event.plane)))
+    return StatisticSite(call, found[0]) if found else None

@@ -28,6 +28,7 @@ LAYERS = (
     "labels.shapes",
     "labels.algebra",
     "labels.rules",
+    "labels.heads",
     "labels.paths",
     "labels.trace",
     "labels",

@@ -377,7 +377,10 @@ class Budget:
     def _start_search(self) -> None:
         logits = self.gated.logits.detach().cpu().double()
         if not bool(logits.any()):
-            scores = [magnitudes(logits.numel(), self.gated.gate_map.dims, self.gated.named_parameters())]
+            gate_map, n = self.gated.gate_map, logits.numel()
+            scores = [magnitudes(n, gate_map.dims, self.gated.named_parameters())]
+            if gate_map.inner:
+                scores[0] += magnitudes(n, gate_map.inner, self.gated.named_parameters())
             if self._scored:
                 scores.append(self._squares / self._scored)
             logits = initial_ranks(scores, self._widths)

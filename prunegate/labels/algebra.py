@@ -149,6 +149,16 @@ class Algebra:
         for plane in self.get(node):
             self.freeze(plane, why)
 
+    def freeze_inner(self, node: Node, why: str) -> None:
+        """Freezes positions inside heads on dimensions of ``node`` from which heads are removed, too."""
+        if not self.labels.has_inner:
+            return
+        planes = self.get(node)
+        for plane in planes:
+            beside = any(other is not plane and varying(other) & varying(plane) for other in planes)
+            if beside and self.is_inner(plane):
+                self.freeze(plane, why)
+
     def union(self, a: Tensor, b: Tensor, why: str) -> bool:
         """Joins two planes position by position."""
         return self.labels.union(a, b, self.reason(why))
@@ -172,14 +182,14 @@ class Algebra:
         return plane
 
     def _one_per_dims(self, planes: list[Tensor]) -> list[Tensor]:
-        """Leaves at most one plane on each set of dimensions.
+        """Leaves at most one plane on each set of dimensions, beside one of positions inside heads.
 
         Two different planes on the same dimensions (kernel and input positions of a flattened filter) would make a
         position's fate hang on two units; the one with fewer labels gives way.
         """
-        by_dims: dict[frozenset[int], Tensor] = {}
+        by_dims: dict[tuple[frozenset[int], bool], Tensor] = {}
         for plane in planes:
-            dims = varying(plane)
+            dims = varying(plane), self.is_inner(plane)
             other = by_dims.get(dims)
             if other is None:
                 by_dims[dims] = plane
@@ -241,12 +251,13 @@ class Algebra:
             for b in range(len(planes[j])):
                 other = compress(self.labels.find(planes[j][b]))
                 common = varying(plane) & varying(other)
-                if not common:
+                if not common or not self._are_partners(plane, other, planes[i], planes[j]):
                     continue
                 met = True
                 if varying(plane) != common or varying(other) != common:
                     weak, other_weak = self._weak(plane), self._weak(other)
-                    if weak != other_weak:
+                    table, units = (plane, other) if weak else (other, plane)
+                    if weak != other_weak and not (self.is_inner(units) and varying(table) == common):
                         # A buffer's labels never coarsen a parameter's: a rotary table must not tie heads away.
                         self.freeze(plane if weak else other, "a buffer that does not line up")
                         changed = True
@@ -266,6 +277,34 @@ class Algebra:
                 changed = True
         planes[i][a] = plane
         return changed
+
+    def is_inner(self, plane: Tensor) -> bool:
+        """Whether the labels of ``plane`` name positions inside heads."""
+        return self.labels.has_inner and bool(self.labels.is_inner(self.labels.find(plane)).any())
+
+    def _are_partners(self, plane: Tensor, other: Tensor, beside: Sequence[Tensor], across: Sequence[Tensor]) -> bool:
+        """Whether two overlapping planes are about the same units, where a dimension has heads and what is inside them.
+
+        They are not if one of them has a better partner among the other's neighbours: one on just its dimensions, or,
+        on equal dimensions, one of its own kind.
+        """
+        if not self.labels.has_inner:
+            return True
+
+        def distance(a: Tensor, b: Tensor) -> int:
+            if not varying(a) & varying(b):
+                return 4
+            if varying(a) == varying(b):
+                return int(self.is_inner(a) != self.is_inner(b))
+            # A table that every head shares is about what is inside them.
+            return 2 + ((self.is_inner(a) or self._weak(a)) != (self.is_inner(b) or self._weak(b)))
+
+        now = [compress(self.labels.find(each)) for each in (*beside, *across)]
+        best = min(
+            *(distance(each, other) for each in now[: len(beside)]),
+            *(distance(plane, each) for each in now[len(beside) :]),
+        )
+        return distance(plane, other) <= best
 
     def _weak(self, plane: Tensor) -> bool:
         roots = self.labels.find(plane)
@@ -332,6 +371,8 @@ class Algebra:
         shared = set(a_axes) & set(b_axes) & set(out_axes)
         if a.depends and b.depends and shared:
             for plane in self.get(a):
+                if self.is_inner(plane):
+                    continue
                 if varying(plane) and {a_axes[dim] for dim in varying(plane)} <= shared:
                     self.kinds.append(("head", plane))
                 elif {a_axes[dim] for dim in varying(plane)} & shared:
@@ -347,6 +388,8 @@ class Algebra:
             inside = [dim for dim in varying(plane) if axes[dim] in summed]
             if not inside:
                 free.append(plane)
+            elif len(inside) < len(varying(plane)) and self.is_inner(plane):
+                ended.append(self.coarsen(plane, varying(plane) - set(inside), why))
             elif len(inside) < len(varying(plane)):
                 free.append(self.coarsen(plane, inside, why))
             else:
@@ -358,16 +401,27 @@ class Algebra:
         def axes_of(plane: Tensor, axes: str) -> frozenset[str]:
             return frozenset(axes[dim] for dim in varying(plane))
 
+        met: set[int] = set()
         for plane in a_ended:
             partners = [other for other in b_ended if axes_of(other, b_axes) == axes_of(plane, a_axes)]
+            partners = self._of_one_kind(plane, partners, a_ended)
+            met |= {id(other) for other in partners}
             for other in partners:
                 self.union(plane.flatten(), other.flatten(), why)
                 self.consume((a, varying(plane)), (b, varying(other)))
             if not partners:
                 self.freeze(plane, f"{why}: summed against positions that cannot be removed")
         for other in b_ended:
-            if not any(axes_of(plane, a_axes) == axes_of(other, b_axes) for plane in a_ended):
+            if id(other) not in met:
                 self.freeze(other, f"{why}: summed against positions that cannot be removed")
+
+    def _of_one_kind(self, plane: Tensor, partners: list[Tensor], beside: list[Tensor]) -> list[Tensor]:
+        """Of the planes on a contracted axis, those about the same units: heads, or positions inside them."""
+        if not self.labels.has_inner:
+            return partners
+        own = [other for other in partners if self.is_inner(other) == self.is_inner(plane)]
+        alone = len([each for each in beside if each.shape == plane.shape]) == 1
+        return own or (partners if alone else [])
 
     def consume(self, *operands: tuple[Node, frozenset[int]]) -> None:
         """Notes that labels on these dimensions of these operands end in the operation being handled."""
@@ -415,9 +469,14 @@ class Algebra:
             inside = varying(plane) & reduced
             if not inside:
                 planes.append(plane)
-            elif not varying(plane) <= reduced:
-                planes.append(self.coarsen(plane, inside, why))
-            elif not maskable:
+                continue
+            if not varying(plane) <= reduced:
+                if not self.is_inner(plane):
+                    planes.append(self.coarsen(plane, inside, why))
+                    continue
+                # What is inside a head is the same in every head, so the other dimensions are tied.
+                plane = self.coarsen(plane, varying(plane) - reduced, why)
+            if not maskable:
                 self.freeze(plane, why)
             else:
                 assert self.op is not None

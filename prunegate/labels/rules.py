@@ -234,9 +234,13 @@ def _cat(algebra: Algebra, op: Op) -> None:
         algebra.put(op.out, [torch.cat(simple, dim)])
         return
     across, pieces = [], []
+    within: list[Tensor | None] = []
     for node in tensors:
         planes = algebra.get(node)
         inside = [plane for plane in planes if plane.shape[dim] > 1]
+        inner = [plane for plane in inside if algebra.is_inner(plane)] if len(inside) > 1 else []
+        within.append(inner[0] if inner else None)
+        inside = [plane for plane in inside if plane is not within[-1]]
         for extra in inside[1:]:
             algebra.freeze(extra, "two kinds of units on a concatenated dimension")
         base = inside[0] if inside else torch.zeros((1,) * ndim, dtype=torch.int64)
@@ -248,7 +252,19 @@ def _cat(algebra: Algebra, op: Op) -> None:
     shared = algebra.align(across, "concatenated") if len(across) > 1 else list(across[0][0]) if across else []
     largest = [max(piece.shape[d] for piece in pieces) for d in range(ndim)]
     pieces = [piece.expand([piece.shape[d] if d == dim else largest[d] for d in range(ndim)]) for piece in pieces]
-    algebra.put(op.out, [*shared, torch.cat(pieces, dim)])
+    algebra.put(op.out, [*shared, torch.cat(pieces, dim), *_cat_inner(algebra, tensors, within, dim)])
+
+
+def _cat_inner(algebra: Algebra, tensors: list[Node], within: list[Tensor | None], dim: int) -> list[Tensor]:
+    """Positions inside heads along the concatenated dimension; those of an operand without any stay."""
+    if all(plane is None for plane in within):
+        return []
+    planes = [torch.zeros((1,) * node.ndim, dtype=torch.int64) if plane is None else algebra.labels.find(plane)
+              for node, plane in zip(tensors, within, strict=True)]  # fmt: skip
+    largest = [max(plane.shape[d] for plane in planes) for d in range(planes[0].dim())]
+    sized = [plane.expand([node.shape[d] if d == dim else size for d, size in enumerate(largest)])
+             for node, plane in zip(tensors, planes, strict=True)]  # fmt: skip
+    return [torch.cat(sized, dim)]
 
 
 @rule("stack")
@@ -421,6 +437,8 @@ def _convolution(algebra: Algebra, op: Op) -> None:
     groups, transposed = int(bound["groups"]), bool(bound.get("transposed"))
     labels, out, ndim = algebra.labels, op.out, op.out.ndim
     inputs_dim, outputs_dim = (0, 1) if transposed else (1, 0)
+    for node in nodes_in((source, weight, bias)):
+        algebra.freeze_inner(node, "positions inside heads in a convolution")
 
     for plane in algebra.get(weight):
         if any(dim >= 2 for dim in varying(plane)):
@@ -478,7 +496,7 @@ def _plain_convolution(algebra: Algebra, op: Op, groups: int, transposed: bool) 
     if channels is None or channels.shape[1] == 1 or (bias is not None and len(bias.planes) != 1):
         return False
     by_dim = {dim: plane for plane in weight.planes for dim in varying(plane)}
-    if 0 not in by_dim or (1 in by_dim) == depthwise:
+    if 0 not in by_dim or (1 in by_dim) == depthwise or len(by_dim) != len(weight.planes):
         return False
     for dim, plane in by_dim.items():
         if dim >= 2:

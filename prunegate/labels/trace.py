@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunegate.choice import conducted
 from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
+from prunegate.labels.heads import label_inside_heads
 from prunegate.labels.paths import ChoiceRecord, Paths
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
@@ -81,16 +82,22 @@ class Trace:
         return self.algebra.labels
 
     def along(self, node: Node, dim: int) -> Tensor | None:
-        """Canonical labels of ``node`` along ``dim``, int64 ``[node.shape[dim]]``; ``None`` where it has none."""
+        """Canonical labels of ``node`` along ``dim``, int64 ``[node.shape[dim]]``; ``None`` where it has none.
+
+        Where both heads and positions inside them are removed, these are the heads' labels: see :meth:`planes_along`.
+        """
         plane = self.plane_along(node, dim)
         return None if plane is None else plane.flatten()
 
     def plane_along(self, node: Node, dim: int) -> Tensor | None:
         """The canonical plane of ``node`` along ``dim`` alone; nodes whose labels came from one plane share it."""
-        for plane in self.algebra.get(node):
-            if plane.shape[dim] > 1 and plane.shape[dim] == plane.numel():
-                return plane
-        return None
+        return next(iter(self.planes_along(node, dim)), None)
+
+    def planes_along(self, node: Node, dim: int) -> list[Tensor]:
+        """All canonical planes of ``node`` along ``dim`` alone: a position is gone when one of its labels is."""
+        return [
+            plane for plane in self.algebra.get(node) if plane.shape[dim] > 1 and plane.shape[dim] == plane.numel()
+        ]
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
@@ -176,7 +183,9 @@ def node_of(tensor: Tensor) -> Node:
     node: Node | None = getattr(tensor, _NODE, None)
     if node is None:
         node = Node(tuple(tensor.shape), tensor.dtype)
-        node.repeated = frozenset(d for d, stride in enumerate(tensor.stride()) if stride == 0 and tensor.shape[d] > 1)
+        strides = tensor.stride()
+        if 0 in strides:
+            node.repeated = frozenset(d for d, s in enumerate(strides) if s == 0 and node.shape[d] > 1)
         if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
             node.value = tensor.detach() if tensor.requires_grad else tensor
         setattr(tensor, _NODE, node)
@@ -185,15 +194,15 @@ def node_of(tensor: Tensor) -> Node:
 
 def to_nodes(tree: Any) -> Any:
     """Replaces every tensor in nested arguments by its node."""
+    kind = type(tree)
+    if kind in _LEAVES:
+        return tree
     if isinstance(tree, Tensor):
         return node_of(tree)
-    kind = type(tree)
     if kind is tuple or kind is list:
         return kind([to_nodes(item) for item in tree])
     if kind is dict:
-        return {key: to_nodes(item) for key, item in tree.items()}
-    if kind in _LEAVES:
-        return tree
+        return {key: to_nodes(item) for key, item in tree.items()} if tree else tree
     return tree_map(lambda leaf: node_of(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
@@ -218,7 +227,8 @@ def _evaluation(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
 
 
 def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda name: False,
-          choices: Mapping[str, ChoiceRecord] | None = None) -> Trace:  # fmt: skip
+          choices: Mapping[str, ChoiceRecord] | None = None,
+          inside: Mapping[tuple[str, int], Tensor] | None = None) -> Trace:  # fmt: skip
     """Labels every removable position of ``model`` by one forward in eval mode; the model is left as it was.
 
     Args:
@@ -226,6 +236,8 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
         ignore: Says of a parameter's qualified name whether nothing in it may be removed.
         choices: The choices to run every operator of, from ``find_choices``; others run their chosen one.
+        inside: For a (tensor name, dimension), numbers of positions inside heads, from ``positions_in_heads``: they are
+            units beside the heads.
 
     Returns:
         The trace, its labels final: outputs frozen, dead and weak labels frozen, every tensor that Python sees a box.
@@ -242,6 +254,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
     tagged: list[Tensor] = []
     try:
         tensors, aliases, parameters = _label_tensors(model, algebra, ignore, tagged)
+        label_inside_heads(tensors, algebra, inside or {}, ignore)
         for leaf in tree_leaves(inputs):
             if isinstance(leaf, Tensor):
                 tagged.append(leaf)
@@ -347,12 +360,16 @@ def _freeze_unused(result: Trace) -> None:
 def _freeze_whole_layers(result: Trace) -> None:
     """A class that holds every position of some dimension would empty a layer: it is no unit."""
     labels = result.labels
-    roots = labels.roots()
-    for name in result.parameters:
-        for plane in result.tensors[name].planes:
-            own = roots[plane.flatten()]
-            if int(own[0]) != FROZEN and bool((own == own[0]).all()):
-                labels.freeze(own[:1], Reason("a layer would vanish with one unit"))
+    planes = [plane.flatten() for name in result.parameters for plane in result.tensors[name].planes]
+    if not planes:
+        return
+    flat = labels.roots()[torch.cat(planes)]
+    sizes = torch.tensor([plane.numel() for plane in planes])
+    first = flat[sizes.cumsum(0) - sizes]
+    alike = torch.ones(len(planes), dtype=torch.bool)
+    alike[torch.arange(len(planes)).repeat_interleave(sizes)[flat != first.repeat_interleave(sizes)]] = False
+    whole = torch.unique(first[alike])
+    labels.freeze(whole[whole != FROZEN], Reason("a layer would vanish with one unit"))
 
 
 def make_rectangular(result: Trace) -> None:
@@ -377,7 +394,9 @@ def make_rectangular(result: Trace) -> None:
             for plane in algebra.get(node):
                 dims = varying(plane)
                 if len(dims) > 1:
-                    best = max(sorted(dims), key=lambda dim: _classes_left(plane, dim))
+                    # Positions inside heads are told apart by a later dimension than queries, keys and values are.
+                    order = sorted(dims, reverse=algebra.is_inner(plane))
+                    best = max(order, key=lambda dim: _classes_left(plane, dim))
                     algebra.coarsen_or_freeze(plane, dims - {best}, "a cut must leave a box")
                     changed = True
         if not changed:
