@@ -55,6 +55,10 @@ class Blanks:
             result = self._contraction(contraction, args)
             if result is not None:
                 return result
+        if name in _ATTENTIONS:
+            pair = self._attention(*args[:3])
+            if pair is not None:
+                return pair
         skip = _SKIPS.get(name)
         if skip is not None and any(map(_is_blank, args[0] if name == "cat" else args)):
             result = skip(self, func, args, kwargs)
@@ -87,6 +91,22 @@ class Blanks:
         other = blank.detach()
         setattr(other, _BLANK, True)
         return other
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The output, its dimensions in memory in the query's order as torch has them, and the logsumexp."""
+        operands = (query, key, value)
+        if query.dtype not in (torch.float32, torch.float64) or any(each.dim() != 4 for each in operands):
+            return None
+        if any(each.dtype != query.dtype or each.device != query.device for each in operands):
+            return None
+        batch, heads, tokens, _ = query.shape
+        width = value.shape[3]
+        if query.stride(1) < query.stride(2):
+            output = self.make((batch, tokens, heads, width), query).transpose(1, 2)
+            setattr(output, _BLANK, True)
+        else:
+            output = self.make((batch, heads, tokens, width), query)
+        return output, self.make((batch, heads, tokens), query)
 
     def _contraction(self, shape: Callable[..., list[int] | None], args: Sequence[Any]) -> Tensor | None:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -233,6 +253,8 @@ def _bmm(a: Tensor, b: Tensor) -> list[int] | None:
     fits = a.shape[0] == b.shape[0] and a.shape[2] == b.shape[1]
     return [a.shape[0], a.shape[1], b.shape[2]] if fits else None
 
+
+_ATTENTIONS = frozenset(["scaled_dot_product_flash_attention_for_cpu"])
 
 _CONTRACTIONS: dict[str, Callable[..., list[int] | None]] = {
     "convolution": _convolution,

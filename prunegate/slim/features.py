@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from prunegate.labels.record import Node
+from prunegate.labels.shapes import ShapesOnly
 from prunegate.plan import AttributeEdit
 from prunegate.slim.live import Live
 
@@ -173,7 +174,7 @@ def _from_intermediates(dense: nn.Module, slim: nn.Module, inputs: Any,
     modes = [(module, module.training) for module in dense.modules()]
     try:
         dense.eval()
-        with torch.no_grad():
+        with torch.no_grad(), ShapesOnly():
             before = method(inputs, intermediates_only=True)
             after = getattr(slim, _INTERMEDIATES)(inputs, intermediates_only=True)
     except (TypeError, AttributeError, RuntimeError, AssertionError):  # not written for these arguments, or this input
