@@ -207,7 +207,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     fitting = ("aten", "cpu") if options.device == "cpu" else ("aten", "triton")
     usable = [name for name in fitting if listed.get(name, "").startswith("available")]
     names = options.backends or usable
-    device = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+    on_cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, one thread"
+    device = torch.cuda.get_device_name() if options.device == "cuda" else on_cpu
     title = f"forward and backward, float32, {device}, torch {torch.__version__}, {options.rounds} rounds"
     table = Table("case", "backend", "median µs", "times faster (quartiles)", title=title)
     cases = make_cases(options.device, options.quick)
