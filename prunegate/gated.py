@@ -70,8 +70,10 @@ class GatedModel(nn.Module):
         self._has_fused_attention = any(
             isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in running.modules()
         )
-        # Every rank draws its own gates and the budget reduces the logits' gradient, one small vector a step.
-        self._ddp_params_and_buffers_to_ignore = ["prunegate.logits"]
+        # All ranks draw the same gates from one seed, and the budget reduces the logits' gradient, one small vector a
+        # step: nothing of the gates is left for DDP to send.
+        own = [*gates._parameters, *gates._buffers]
+        self._ddp_params_and_buffers_to_ignore = [f"prunegate.{name}" for name in own]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model with the gates of this step: one sample per forward in train mode, a hard mask in eval."""
@@ -95,6 +97,8 @@ class GatedModel(nn.Module):
         """Sets train or eval mode on the model and everything in it."""
         super().train(mode)
         self.model.training = mode
+        if not mode:
+            self.prunegate.refresh()
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunegate.gumbel import gumbel_sigmoid
+from prunegate.gumbel.philox import Philox
 from prunegate.operators import OperatorSampler, Route
 
 __all__ = ["NOISE_FLOOR", "Gates", "Phase", "Sample"]
@@ -51,6 +52,7 @@ class Gates(nn.Module):
         fixed_mask: bool ``[n_gates]``, the mask of phase ``"fixed"``.
         selector: Gives the current hard mask in phase ``"search"``.
         sample: What consumers read.
+        counter: Seed and number of the next draw, int64 ``[2]``; ``None`` while draws come from torch's generator.
 
     Args:
         n_gates: Number of gates.
@@ -63,7 +65,9 @@ class Gates(nn.Module):
 
     fixed_mask: Tensor
     start: Tensor
+    shown: Tensor
     settings: Tensor
+    counter: Tensor | None
     index: Tensor
 
     def __init__(self, n_gates: int, pieces: Sequence[Tensor], sample: Sample, start: Tensor | None = None,
@@ -82,6 +86,8 @@ class Gates(nn.Module):
         self.register_buffer("index", torch.where(flat < 0, n_gates, flat), persistent=False)
         self.register_buffer("fixed_mask", start.clone(), persistent=False)
         self.register_buffer("start", start.clone(), persistent=False)
+        self.register_buffer("shown", start.clone(), persistent=False)
+        self.register_buffer("counter", None, persistent=False)
         # Temperature and noise are tensors so that a compiled step is not compiled again as they move.
         self.register_buffer("settings", torch.tensor([1.0, 1.0]), persistent=False)
         self._gathered: Tensor | None = None
@@ -105,6 +111,18 @@ class Gates(nn.Module):
     def noise(self, value: float) -> None:
         self.settings[1] = value
 
+    def seed(self, seed: int, step: int = 0) -> None:
+        """Draws from here on are a function of ``seed`` and their number alone: the same on every rank and device.
+
+        Args:
+            seed: Any integer; its low 64 bits are used.
+            step: Number of the next draw.
+        """
+        self.counter = Philox(seed, step, self.logits.device).state
+
+    def _generator(self) -> Philox | None:
+        return None if self.counter is None else Philox.over(self.counter)
+
     def probabilities(self) -> Tensor:
         """The chance that each gate is open, ``[n_gates]`` in (0, 1), differentiable."""
         logits = self.logits / self.settings[1].clamp(min=NOISE_FLOOR)
@@ -117,6 +135,16 @@ class Gates(nn.Module):
         if self.phase == "search" and self.selector is not None:
             return self.selector()
         return self.start
+
+    def refresh(self) -> None:
+        """Keeps the current mask at hand for compiled code, which cannot choose one: eval mode calls this."""
+        if self.phase == "search" and not torch.compiler.is_compiling():
+            self.shown.copy_(self.mask())
+
+    def _hard(self) -> Tensor:
+        if self.phase == "search" and torch.compiler.is_compiling():
+            return self.shown
+        return self.mask()
 
     def draw(self, training: bool) -> None:
         """Sets the sample that consumers read, for the forward that follows.
@@ -131,10 +159,11 @@ class Gates(nn.Module):
             gates = 1 + (self.logits - self.logits.detach())
         elif self.phase == "search" and training:
             noise = self.settings[1].clamp(min=NOISE_FLOOR)
-            gates = gumbel_sigmoid(self.logits / noise, self.settings[0] / noise, hard=True)
+            tau = self.settings[0] / noise
+            gates = gumbel_sigmoid(self.logits / noise, tau, hard=True, generator=self._generator())
         else:
             soft = torch.sigmoid(self.logits / self.settings[0])
-            gates = self.mask().to(soft.dtype) + (soft - soft.detach())
+            gates = self._hard().to(soft.dtype) + (soft - soft.detach())
         if self.operators is not None:
             self._draw_operators(self.operators, training)
         padded = torch.cat([gates, gates.new_ones(1)])
@@ -144,11 +173,11 @@ class Gates(nn.Module):
     def _draw_operators(self, operators: OperatorSampler, training: bool) -> None:
         noise = self.settings[1].clamp(min=NOISE_FLOOR)
         if self.phase == "score":  # all operators train alike
-            self.sample.routes = operators.draw(torch.zeros_like(self.logits), self.settings[0])
+            self.sample.routes = operators.draw(torch.zeros_like(self.logits), self.settings[0], self._generator())
         elif self.phase == "search" and training:
-            self.sample.routes = operators.draw(self.logits / noise, self.settings[0] / noise)
+            self.sample.routes = operators.draw(self.logits / noise, self.settings[0] / noise, self._generator())
         else:
-            self.sample.routes = operators.fixed(self.mask())
+            self.sample.routes = operators.fixed(self._hard())
 
     def take_gradient(self) -> Tensor | None:
         """The gradient of the logits gathered by backward passes since the last call, ``[n_gates]``, or ``None``."""

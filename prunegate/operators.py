@@ -17,6 +17,8 @@ from prunegate.choice import Choice
 from prunegate.errors import AttachError
 from prunegate.groups import GateMap, Group
 from prunegate.gumbel import gumbel_softmax
+from prunegate.gumbel.philox import Philox
+from prunegate.gumbel.reference import gumbel_noise, philox_gumbel
 from prunegate.labels.paths import Path, paths_of_modules
 from prunegate.labels.trace import Trace
 
@@ -99,19 +101,20 @@ class OperatorSampler:
         parts = mask[self.first :].to(torch.uint8).cpu().split(self.sizes)
         return {name: Route((int(part.argmax()),), None) for name, part in zip(self.names, parts, strict=True)}
 
-    def draw(self, logits: Tensor, tau: Tensor) -> dict[str, Route]:
+    def draw(self, logits: Tensor, tau: Tensor, generator: Philox | None = None) -> dict[str, Route]:
         """A random route through each choice.
 
         Args:
             logits: ``[n_gates]``, already divided by the noise.
             tau: Temperature of the relaxed sample, divided likewise.
+            generator: Where the noise comes from; torch's own generator if left out.
         """
         own = logits[self.first :]
-        sample = gumbel_softmax(own, tau, hard=self.paths != "all", segments=self.offsets)
+        sample = gumbel_softmax(own, tau, hard=self.paths != "all", segments=self.offsets, generator=generator)
         order = sample.detach()
         if self.paths == "topk":
             # Gumbel-top-k: the companions are drawn without replacement; the one that was drawn comes first.
-            gumbel = -torch.empty_like(order).exponential_().log()
+            gumbel = gumbel_noise(order, None) if generator is None else philox_gumbel(generator.take(), order, 0, None)
             order = order * 1e4 + (own.detach() + gumbel).clamp(-1e3, 1e3)
         # One read for all choices, so that an accelerator waits once a step.
         ranked = [part.argsort(descending=True).tolist() for part in order.cpu().split(self.sizes)]

@@ -138,6 +138,7 @@ class Budget:
             self._held[width.slice] = width.held
         self.schedule = Schedule.of(steps, score=not bool(gated.logits.detach().any()))
         self._gates.take_gradient()
+        self._agree_on_draws()
         self._gates.selector = self._current_mask
         self._gates.tau, self._gates.noise = self._tau.start, self._noise.start
         self._gates.phase = "score"
@@ -303,6 +304,7 @@ class Budget:
             "learner": self._learner.state_dict(),
             "mixing": None if self._mixing is None else self._mixing.state_dict(),
             "mask": self._gates.fixed_mask.cpu().clone(),
+            "draws": [] if self._gates.counter is None else self._gates.counter.tolist(),
             "selection": None if self.selection is None else vars(self.selection).copy(),
         }
 
@@ -334,6 +336,7 @@ class Budget:
             self.selection = None if state["selection"] is None else Selection(**state["selection"])
             phase = state["phase"]
             self._gates.fixed_mask.copy_(state["mask"])
+            self._gates.seed(*state["draws"])
         except (KeyError, TypeError, AttributeError) as error:
             raise BudgetError(f"this is not a state of a Budget: {error!r}; pass what state_dict() returned") from error
         # A budget that is made on logits that are set shifts them at once; what was saved stands.
@@ -346,6 +349,11 @@ class Budget:
         self._set_pace()
 
     # ------------------------------------------------------------------ inside
+
+    def _agree_on_draws(self) -> None:
+        """One seed for all ranks, from the first rank's generator; the draws themselves need no communication."""
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        self._gates.seed(int(_from_first_rank(seed, self.gated.logits.device)))
 
     def _cost(self, name: str | None) -> tuple[str, Polynomial]:
         name = self._limits[0].name if name is None else name

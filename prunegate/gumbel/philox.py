@@ -40,6 +40,13 @@ class Philox:
         seed &= (1 << 64) - 1
         self.state = torch.tensor([seed - (1 << 64) if seed >> 63 else seed, step & _MASK], device=device)
 
+    @classmethod
+    def over(cls, state: Tensor) -> Philox:
+        """A generator that reads, and moves on, a state that somebody else keeps: int64 ``[2]`` of seed and step."""
+        generator = cls.__new__(cls)
+        generator.state = state
+        return generator
+
     @property
     def seed(self) -> int:
         """The seed, 0 to 2**64 - 1."""
