@@ -7,7 +7,9 @@ eager baseline are what its operations read and write, forward and backward: tho
 ``torch.nn.functional.gumbel_softmax(hard=True)``, and for the norms the same formula in torch. The expected limit is
 the slowest of three on the named card: moving the bytes, issuing the instructions, and the special function unit. It
 is arithmetic, not a measurement. Kernels with loops are counted whole, so what stands before and after the loop
-weighs on one step of it, and their instructions an element are an upper bound.
+weighs on one step of it, and their instructions an element are an upper bound. Logits and gradient of 64 rows of
+50,257 are 26 MB, which the second-level cache of each card holds: what backward reads again comes from there, at
+about twice the memory's speed, and counts half. Ragged rows are 50 long, and read again from the first-level cache.
 
 The command fails if any kernel spills.
 """
@@ -84,21 +86,24 @@ def jobs() -> list[Job]:
     found.append(Job("gates forward", kernels.gates_forward, {**gates, "HARD": True}, ELEMENTS, 8, 4))
     found.append(Job("gates backward", kernels.gates_backward, {**gates, **plain}, ELEMENTS, 12, 4))
     found.append(Job("reinmax gates backward", kernels.gates_backward, {**gates, **reinmax}, ELEMENTS, 12, 4))
-    for columns, ragged in [(4, False), (32, False), (1024, False), (4096, False), (50_257, False), (50, True)]:
-        plan = plan_rows(columns, ragged)
-        name = "ragged rows" if ragged else f"rows of {columns}"
-        width = 4 * plan.quarter
-        constants = {**common, "QUARTER": plan.quarter}
-        # A looped backward reads logits and gradient twice; the second time they may come from the cache, or not.
-        if plan.whole:
-            constants |= {"ROWS": plan.rows}
-            forward, backward, moved, real = kernels.tile_forward, kernels.tile_backward, 12, columns * plan.rows
-        else:
-            constants |= {"RAGGED": ragged}
-            forward, backward, moved, real = kernels.row_forward, kernels.row_backward, 20, width
-        found.append(Job(f"{name} forward", forward, {**constants, "HARD": True}, real, 8, plan.warps))
-        constants |= plain if plan.whole else {}
-        found.append(Job(f"{name} backward", backward, constants, real, moved, plan.warps))
+    for columns in (4, 32, 1024, 4096):
+        plan = plan_rows(columns, False)
+        tile = {**common, "QUARTER": plan.quarter, "ROWS": plan.rows}
+        real = columns * plan.rows
+        name = f"rows of {columns}"
+        found.append(Job(f"{name} forward", kernels.tile_forward, {**tile, "HARD": True}, real, 8, plan.warps))
+        found.append(Job(f"{name} backward", kernels.tile_backward, {**tile, **plain}, real, 12, plan.warps))
+    plan = plan_rows(50_257, False, 64)
+    row = {**common, "QUARTER": plan.quarter}
+    name, winners = "64 rows of 50257", {"QUARTER": plan.quarter, "FAST": True}
+    found.append(Job(f"{name} forward", kernels.row_winners, winners, plan.span, 8, plan.warps))
+    found.append(Job(f"{name} sums", kernels.row_sums, row, plan.span, 8, plan.warps))
+    shared = {**row, "RAGGED": False, "PARTS": 16}
+    found.append(Job(f"{name} backward", kernels.row_backward, shared, plan.span, 4 + 8 // 2, plan.warps))
+    plan = plan_rows(50, True)
+    row = {**common, "QUARTER": plan.quarter, "RAGGED": True}
+    found.append(Job("ragged rows forward", kernels.row_forward, {**row, "HARD": True}, 50, 8, plan.warps))
+    found.append(Job("ragged rows backward", kernels.row_backward, {**row, "PARTS": 0}, 50, 12, plan.warps))
     for columns in (384, 4096):
         constants = {"CENTRE": True, "HAS_WEIGHT": True, "WIDTH": 1 << (columns - 1).bit_length()}
         warps = launch_warps(columns)
@@ -112,8 +117,8 @@ def jobs() -> list[Job]:
 
 def examine(job: Job, capability: int) -> Binary:
     """Compiles a kernel for one kind of GPU and takes the binary apart."""
-    types = {"state": "*i64", "offsets": "*i64"} | dict.fromkeys(("tau", "eps"), "fp32")
-    types |= dict.fromkeys(("count", "rows", "columns"), "i32")
+    types = {"state": "*i64", "offsets": "*i64", "winners": "*i32"} | dict.fromkeys(("tau", "eps"), "fp32")
+    types |= dict.fromkeys(("count", "rows", "columns", "span"), "i32")
     names = job.kernel.arg_names
     signature = {name: "constexpr" if name in job.constants else types.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}

@@ -348,26 +348,74 @@ def row_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def row_backward(  # type: ignore[no-untyped-def]
-    gradient,
+def row_winners(  # type: ignore[no-untyped-def]
     logits,
     out,
-    offsets,
+    parts,
+    winners,
     state,
-    tau,
     columns,
-    POINTER: tl.constexpr,
-    RAGGED: tl.constexpr,
+    span,
     QUARTER: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Gradient of the logits of one row a program, in two loops: the row's sums, then what to write."""
-    start, length = _row_span(offsets, columns, RAGGED)
+    """The best score and its column of one part of a long row, NaN if a score is; the part is filled with zeros."""
+    start = tl.program_id(0).to(tl.int64) * columns
+    first = tl.program_id(1) * span
+    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
+    winner = tl.full((4 * QUARTER,), 2147483647, tl.int32)
+    wrong = tl.zeros((4 * QUARTER,), tl.int32)
+    for at in range(first, tl.minimum(first + span, columns), 4 * QUARTER):
+        column, inside, score = _scores(logits, state, start, columns, at, QUARTER, FAST)
+        wrong = wrong | (score != score).to(tl.int32)
+        winner = tl.where(score > best, column, winner)
+        best = tl.where(score > best, score, best)
+        tl.store(out + start + column, tl.zeros_like(score), mask=inside)
+    top = tl.max(best, 0)
+    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(winners + at, tl.min(tl.where(best == top, winner, 2147483647), 0))
+    tl.store(parts + at, tl.where(tl.max(wrong, 0) > 0, float("nan"), top))
+
+
+@triton.jit
+def row_choice(  # type: ignore[no-untyped-def]
+    out,
+    parts,
+    winners,
+    columns,
+    count,
+    PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
+):
+    """Writes the 1 of a row whose parts have been through :func:`row_winners`; or NaN, if it has no winner."""
+    start = tl.program_id(0).to(tl.int64) * columns
+    part = tl.arange(0, PARTS)
+    here = part < count
+    best = tl.load(parts + tl.program_id(0) * count + part, mask=here, other=float("-inf"))
+    winner = tl.load(winners + tl.program_id(0) * count + part, mask=here, other=2147483647)
+    wrong = tl.max((best != best).to(tl.int32), 0) > 0
+    top = tl.max(tl.where(best != best, float("-inf"), best), 0)
+    if wrong | (top == float("inf")) | (top == float("-inf")):
+        for at in range(0, columns, 4 * QUARTER):
+            column = at + tl.arange(0, 4 * QUARTER)
+            nothing = tl.full((4 * QUARTER,), float("nan"), tl.float32)
+            tl.store(out + start + column, nothing, mask=column < columns)
+    else:
+        tl.store(out + start + tl.min(tl.where(best == top, winner, 2147483647), 0), 1.0)
+
+
+@triton.jit
+def _row_sums(  # type: ignore[no-untyped-def]
+    gradient, logits, state, start, length, first, last, temperature, QUARTER: tl.constexpr, FAST: tl.constexpr
+):
+    """Of a row's columns from ``first`` to ``last``: the best score, and sums of exp and of exp times the gradient.
+
+    The exponentials are of the scores' distances to the best.
+    """
     best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
     total = tl.zeros((4 * QUARTER,), tl.float32)
     dots = tl.zeros((4 * QUARTER,), tl.float32)
-    temperature = _temperature(tau, POINTER)
-    for at in range(0, length, 4 * QUARTER):
+    for at in range(first, last, 4 * QUARTER):
         column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
         incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
         higher = tl.maximum(best, score)
@@ -377,14 +425,86 @@ def row_backward(  # type: ignore[no-untyped-def]
         total = total * shrink + relaxed
         dots = dots * shrink + relaxed * incoming
         best = higher
+    return _merged(best, total, dots, temperature)
+
+
+@triton.jit
+def _merged(best, total, dots, temperature):  # type: ignore[no-untyped-def]
+    """Sums that are relative to several best scores, relative to the best of them; that is 0 where there is none."""
     top = tl.max(best, 0)
-    empty = top == float("-inf")
-    top = tl.where(empty, 0.0, top)
+    top = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) / temperature))
-    sum_ = tl.where(empty, 1.0, tl.sum(total * weight, 0))
-    dot = tl.sum(dots * weight, 0) / sum_
-    for at in range(0, length, 4 * QUARTER):
+    return top, tl.sum(total * weight, 0), tl.sum(dots * weight, 0)
+
+
+@triton.jit
+def row_sums(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    parts,
+    state,
+    tau,
+    columns,
+    span,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """What backward must know of a row, from the part of it that this program has: three numbers of each part."""
+    start = tl.program_id(0).to(tl.int64) * columns
+    first = tl.program_id(1) * span
+    last = tl.minimum(first + span, columns)
+    top, total, dot = _row_sums(
+        gradient, logits, state, start, columns, first, last, _temperature(tau, POINTER), QUARTER, FAST
+    )
+    at = parts + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 3
+    tl.store(at, top)
+    tl.store(at + 1, total)
+    tl.store(at + 2, dot)
+
+
+@triton.jit
+def row_backward(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    out,
+    offsets,
+    parts,
+    state,
+    tau,
+    columns,
+    span,
+    POINTER: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Gradient of the logits of one row, or of one part of a long row whose sums :func:`row_sums` has left.
+
+    With PARTS 0 a program has a whole row, and takes its sums in a loop of its own; else PARTS is a power of two that
+    the parts of a row fit in.
+    """
+    start, length = _row_span(offsets, columns, RAGGED)
+    temperature = _temperature(tau, POINTER)
+    first, last = 0, length
+    if PARTS > 0:
+        first = tl.program_id(1) * span
+        last = tl.minimum(first + span, length)
+        part = tl.arange(0, PARTS)
+        here = part < tl.num_programs(1)
+        at = parts + (tl.program_id(0) * tl.num_programs(1) + part) * 3
+        best = tl.load(at, mask=here, other=float("-inf"))
+        total = tl.load(at + 1, mask=here, other=0.0)
+        dots = tl.load(at + 2, mask=here, other=0.0)
+        top, sum_, dot = _merged(best, total, dots, temperature)
+    else:
+        top, sum_, dot = _row_sums(gradient, logits, state, start, length, first, last, temperature, QUARTER, FAST)
+    sum_ = tl.where(sum_ == 0.0, 1.0, sum_)
+    dot = dot / sum_
+    scale = 1.0 / (sum_ * temperature)
+    for at in range(first, last, 4 * QUARTER):
         column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
         incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
-        soft = _exp((score - top) / temperature) / sum_
-        tl.store(out + start + column, soft * (incoming - dot) / temperature, mask=inside)
+        soft = _exp((score - top) / temperature) * scale
+        tl.store(out + start + column, soft * (incoming - dot), mask=inside)

@@ -24,26 +24,47 @@ from prunegate.gumbel.philox import Philox, take_state
 WHOLE_ROW = 4096
 # Elements of a program: many short rows, or one step of the loop over a long one.
 ELEMENTS = 2048
+# Programs that are enough to keep a large GPU busy; where long rows are fewer, several share one.
+PROGRAMS = 1024
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Plan(NamedTuple):
-    """How a kernel is launched: whether rows are whole, a quarter of the columns in a block, and rows in a block."""
+    """How a kernel is launched.
+
+    Attributes:
+        whole: Whether a program holds whole rows; otherwise it loops over the columns of one.
+        quarter: A quarter of the columns in a block.
+        rows: Rows in a block.
+        warps: Warps of a program.
+        parts: Programs that share a row.
+    """
 
     whole: bool
     quarter: int
     rows: int
     warps: int
+    parts: int = 1
+
+    @property
+    def span(self) -> int:
+        """Columns of one step of a program's loop."""
+        return 4 * self.quarter
 
 
-def plan_rows(columns: int, ragged: bool) -> Plan:
-    """The block that suits rows of ``columns`` categories."""
-    if ragged or columns > WHOLE_ROW:
-        return Plan(False, ELEMENTS // 4 if ragged else ELEMENTS // 2, 1, 4 if ragged else 8)
+def plan_rows(columns: int, ragged: bool, rows: int = PROGRAMS) -> Plan:
+    """The block that suits ``rows`` rows of ``columns`` categories, on average where they are ragged."""
     quarter = 1
     while 4 * quarter < columns:
         quarter *= 2
+    if ragged:
+        # Most rows take one step of the loop, and few lanes of it are idle.
+        quarter = min(max(quarter, 32), ELEMENTS // 4)
+        return Plan(False, quarter, 1, max(1, 4 * quarter // 512))
+    if columns > WHOLE_ROW:
+        steps = -(-columns // (2 * ELEMENTS))
+        return Plan(False, ELEMENTS // 2, 1, 8, min(steps, max(1, PROGRAMS // max(rows, 1))))
     return Plan(True, quarter, max(1, ELEMENTS // (4 * quarter)), 8 if columns > 2048 else 4)
 
 
@@ -173,8 +194,9 @@ def _launch(
     direction: str, tensors: list[Tensor], options: Options, offsets: Tensor | None, state: Tensor, **flags: int | bool
 ) -> None:
     logits = tensors[-2]
-    columns = logits.shape[-1]
-    plan = plan_rows(columns, offsets is not None)
+    ragged = offsets is not None
+    rows, columns = logits.shape if offsets is None else (len(offsets) - 1, logits.numel() // max(1, len(offsets) - 1))
+    plan = plan_rows(columns, ragged, rows)
     tau, flags["POINTER"] = _tau(options)
     flags["FAST"] = not interpreting()
     kernels = _kernels()
@@ -182,19 +204,36 @@ def _launch(
         if direction == "backward":
             flags |= _estimator(options)
         kernel = kernels.tile_forward if direction == "forward" else kernels.tile_backward
-        grid = (-(-logits.shape[0] // plan.rows),)
-        kernel[grid](
-            *tensors, state, tau, logits.shape[0], columns, QUARTER=plan.quarter, ROWS=plan.rows,
-            num_warps=plan.warps, **flags,
-        )  # fmt: skip
+        kernel[(-(-rows // plan.rows),)](
+            *tensors, state, tau, rows, columns, QUARTER=plan.quarter, ROWS=plan.rows, num_warps=plan.warps, **flags
+        )
+        return
+    block = {"QUARTER": plan.quarter, "num_warps": plan.warps}
+    # A tensor stands in for what is absent; the flags keep the kernels from reading it.
+    places = state if offsets is None else offsets
+    # Each of a row's programs takes as many whole steps.
+    span = -(-columns // (plan.parts * plan.span)) * plan.span
+    count = -(-columns // span)
+    if direction == "forward" and count > 1 and options.hard and not ragged:
+        parts, winners = (state.new_empty(rows, count, dtype=kind) for kind in (torch.float32, torch.int32))
+        kernels.row_winners[(rows, count)](*tensors, parts, winners, state, columns, span, FAST=flags["FAST"], **block)
+        kernels.row_choice[(rows,)](tensors[-1], parts, winners, columns, count, PARTS=_power(count), **block)
+    elif direction == "forward":
+        kernels.row_forward[(rows,)](*tensors, places, state, tau, columns, RAGGED=ragged, **block, **flags)
     else:
-        kernel = kernels.row_forward if direction == "forward" else kernels.row_backward
-        grid = (logits.shape[0] if offsets is None else len(offsets) - 1,)
-        ragged = offsets is not None
-        kernel[grid](
-            *tensors, state if offsets is None else offsets, state, tau, columns, RAGGED=ragged,
-            QUARTER=plan.quarter, num_warps=plan.warps, **flags,
+        parts, shared = state, count > 1 and not ragged
+        if shared:
+            parts = state.new_empty(rows, count, 3, dtype=torch.float32)
+            kernels.row_sums[(rows, count)](*tensors[:2], parts, state, tau, columns, span, **block, **flags)
+        kernels.row_backward[(rows, count if shared else 1)](
+            *tensors, places, parts, state, tau, columns, span, RAGGED=ragged, PARTS=_power(count) if shared else 0,
+            **block, **flags,
         )  # fmt: skip
+
+
+def _power(count: int) -> int:
+    """The least power of two that is not below ``count``."""
+    return 1 << (count - 1).bit_length()
 
 
 def _estimator(options: Options) -> dict[str, int | bool]:

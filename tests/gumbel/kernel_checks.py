@@ -108,6 +108,35 @@ def test_a_row_keeps_its_draw_in_any_block(monkeypatch: pytest.MonkeyPatch) -> N
     assert hard.argmax(-1).equal(whole.argmax(-1))
 
 
+@pytest.mark.parametrize("programs", [1, 12, 1000])
+def test_a_long_row_is_the_same_however_many_programs_share_it(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "WHOLE_ROW", 64)
+    monkeypatch.setattr(triton, "ELEMENTS", 64)
+    monkeypatch.setattr(triton, "PROGRAMS", programs)
+    # Three steps of 128 columns: one program, one of two steps and one of one, or three of one.
+    assert triton.plan_rows(300, False, 6)[-1] == {1: 1, 12: 2, 1000: 3}[programs]
+    logits, weight = random(6, 300).requires_grad_(), random(6, 300)
+    with torch.no_grad():
+        logits[0, 3] = math.nan
+        logits[1, :299] = -math.inf
+        logits[2] = 2.0**30
+        logits[3, 290] = math.inf
+    for hard in (True, False):
+        ours, theirs = both(gumbel_softmax, logits, weight, 0.7, hard)
+        if hard:
+            assert ours[0][[0, 3]].isnan().all()
+            assert ours[0][[1, 2, 4, 5]].equal(theirs[0][[1, 2, 4, 5]])
+        agree([part[[1, 2, 4, 5]] for part in ours], [part[[1, 2, 4, 5]] for part in theirs])
+        assert ours[1][[0, 3]].isnan().any(-1).all()
+
+
+def test_short_ragged_rows_get_a_block_of_their_size() -> None:
+    assert triton.plan_rows(50, True).span == 128
+    logits, weight = random(900).requires_grad_(), random(900)
+    segments = torch.tensor([0, *range(50, 600, 50), 601, 900], device=DEVICE)
+    agree(*both(gumbel_softmax, logits, weight, 0.7, True, segments=segments))
+
+
 def test_the_cpu_draws_the_same_gates() -> None:
     if not backends()["cpu"].startswith("available"):
         pytest.skip(backends()["cpu"])
