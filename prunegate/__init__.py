@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from prunegate.refitting import refit as refit
     from prunegate.slim.apply import apply_plan as apply_plan
     from prunegate.stand_alone import Gate as Gate
+    from prunegate.transfer import transfer_optimizer as transfer_optimizer
 
 _HOME = {
     "attach": "attaching",
@@ -62,6 +63,7 @@ _HOME = {
     "Plan": "plan",
     "refit": "refitting",
     "apply_plan": "slim.apply",
+    "transfer_optimizer": "transfer",
 }
 
 __all__ = sorted(_HOME)

@@ -50,6 +50,7 @@ LAYERS = (
     "batches",
     "scores",
     "oneshot",
+    "transfer",
     "refitting",
     "rederive",
     "builders",
