@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prunegate.checkpoint import load as load
     from prunegate.checkpoint import save as save
     from prunegate.choice import Choice as Choice
+    from prunegate.elastic_kernel import Kernel as Kernel
     from prunegate.errors import AttachError as AttachError
     from prunegate.errors import BudgetError as BudgetError
     from prunegate.errors import CheckpointError as CheckpointError
@@ -55,6 +56,7 @@ _HOME = {
     "SamplerError": "errors",
     "count_flops": "flops",
     "Gate": "stand_alone",
+    "Kernel": "elastic_kernel",
     "GatedModel": "gated",
     "gumbel_sigmoid": "gumbel",
     "gumbel_softmax": "gumbel",

@@ -20,6 +20,7 @@ LAYERS = (
     "tensors",
     "plan",
     "choice",
+    "elastic_kernel",
     "gumbel",
     "stand_alone",
     "labels.unionfind",

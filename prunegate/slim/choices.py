@@ -76,9 +76,12 @@ def with_choices(model: nn.Module, plan: Plan) -> Plan:
         choice: Any = model.get_submodule(site)
         for (name, dim), positions in choice.kept(index).items():
             full = f"{site}.{name}" if site else name
-            dense.setdefault(full, tuple(choice.get_parameter(name).shape))
-            kept.setdefault(full, {})[dim] = positions
+            shape = tuple(choice.get_parameter(name).shape)
+            if len(positions) < shape[dim]:
+                dense.setdefault(full, shape)
+                kept.setdefault(full, {})[dim] = positions
         for (name, attribute), value in choice.attributes(index).items():
             old = plain(getattr(choice.get_submodule(name), attribute))
-            attributes.append(AttributeEdit(f"{site}.{name}" if site else name, attribute, old, value))
+            if old != value:
+                attributes.append(AttributeEdit(f"{site}.{name}" if site else name, attribute, old, value))
     return replace(plan, dense=dense, kept=kept, attributes=tuple(attributes))
