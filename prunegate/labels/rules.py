@@ -7,6 +7,7 @@ and out-of-place forms share a rule.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,15 +79,17 @@ _MOVEMENT = frozenset(
 
 def _bound(op: Op) -> dict[str, Any]:
     """The arguments of ``op`` by their schema names, defaults included."""
-    bound: dict[str, Any] = {}
-    for i, argument in enumerate(op.func._schema.arguments):  # type: ignore[attr-defined]
-        if i < len(op.args):
-            bound[argument.name] = op.args[i]
-        elif argument.name in op.kwargs:
-            bound[argument.name] = op.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound
+    names, defaults = _arguments(op.func)
+    return defaults | dict(zip(names, op.args, strict=False)) | op.kwargs
+
+
+@functools.cache
+def _arguments(func: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of an operation's arguments, in order, and their defaults; ``None`` where there is none."""
+    arguments = func._schema.arguments
+    return tuple(argument.name for argument in arguments), {
+        argument.name: argument.default_value if argument.has_default_value() else None for argument in arguments
+    }
 
 
 def _outputs(op: Op) -> list[Node]:

@@ -12,6 +12,7 @@ values of a blank mean nothing.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class ShapesOnly(TorchDispatchMode):
         return self._blanks.run(func, plain_name(func), args, kwargs or {})
 
 
+@functools.cache
 def plain_name(func: Any) -> str:
     """Name of an ATen operation without namespace, overload and the underscores around it."""
     name: str = func._schema.name.split("::")[-1].strip("_")
@@ -185,6 +187,21 @@ def _softmax(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str
     return blanks.again(source) if source.is_contiguous() and not to_float and not kwargs else None
 
 
+def _unsafe_view(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    result = func(*args, **kwargs)
+    setattr(result, _BLANK, True)
+    return result  # type: ignore[no-any-return]
+
+
+def _mean(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    source, dims = args[0], args[1] if len(args) > 1 else None
+    if kwargs or not dims or not source.is_contiguous():
+        return None
+    reduced, keep = {dim % source.dim() for dim in dims}, len(args) > 2 and args[2]
+    sizes = [1 if d in reduced else n for d, n in enumerate(source.shape) if keep or d not in reduced]
+    return blanks.make(sizes, source)
+
+
 def _cat(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = tensors[0]
@@ -204,7 +221,10 @@ def _cat(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
 _SKIPS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         ("add", "sub", "mul", "div", "relu", "gelu", "silu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh",
-         "leaky_relu", "elu", "mish", "softplus", "exp", "clamp", "clamp_min"), _pointwise),
+         "leaky_relu", "elu", "mish", "softplus", "exp", "clamp", "clamp_min", "pow", "neg", "rsqrt", "sqrt"),
+        _pointwise),
+    "mean": _mean,
+    "unsafe_view": _unsafe_view,
     "clone": _clone,
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
