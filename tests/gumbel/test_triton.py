@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import os
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from prunegate.errors import SamplerError
-from prunegate.gumbel import backends, gumbel_sigmoid, triton
+from prunegate.gumbel import Philox, backends, gumbel_sigmoid, triton
+from prunegate.gumbel.arguments import make_options
 
 CHECKS = Path(__file__).with_name("kernel_checks.py")
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -36,6 +39,60 @@ def test_the_kernels_pass_in_the_interpreter() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernels_pass_on_the_gpu() -> None:
     assert " passed" in run_checks(interpret=False)
+
+
+class Launches:
+    """Stands in for the kernels: notes what is launched, and that its tensors are on the device."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __getattr__(self, name: str):
+        return collections.defaultdict(lambda: lambda *arguments, **flags: self.note(name, arguments))
+
+    def note(self, name: str, arguments: tuple[object, ...]) -> None:
+        self.names.append(name)
+        assert {each.device.type for each in arguments if isinstance(each, torch.Tensor)} == {"cuda"}
+
+
+@has_triton
+@pytest.mark.parametrize("own", [True, False], ids=["philox", "torch"])
+def test_no_launch_looks_at_what_is_on_the_device(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Fake tensors have no values: whatever would make the host wait for one, and so break a CUDA graph, raises.
+    launches = Launches()
+    monkeypatch.setattr(triton, "_kernels", lambda: launches)
+    monkeypatch.setattr(triton, "is_plain_eager", lambda tensor: True)
+    with FakeTensorMode():
+        generator = None
+        if own:
+            generator = Philox(3)
+            generator.state = torch.empty(2, dtype=torch.int64, device="cuda")
+        kind = make_options(torch.empty((), device="cuda"), None, True, "st", 0)
+
+        def run(sampler, *shape: int, **rows: object) -> list[str]:
+            logits = torch.empty(shape, device="cuda", requires_grad=True)
+            sample = sampler(logits, kind, generator=generator, **rows)
+            assert sample.device.type == "cuda"
+            # The engine would look for the device; the function's own backward does not.
+            node = sample.grad_fn
+            while not hasattr(node, "saved_tensors"):
+                node = node.next_functions[0][0]
+            function = triton._Sigmoid if sampler is triton.sample_sigmoid else triton._Softmax
+            with torch.no_grad():
+                function.backward(node, torch.empty_like(node.saved_tensors[0]))
+            names = launches.names.copy()
+            launches.names.clear()
+            return names
+
+        offsets = torch.empty(5, dtype=torch.int64, device="cuda")
+        assert run(triton.sample_sigmoid, 26_560) == ["gates_forward", "gates_backward"]
+        assert run(triton.sample_softmax, 100, 32, dim=-1, offsets=None) == ["tile_forward", "tile_backward"]
+        assert run(triton.sample_softmax, 4000, 5000, dim=-1, offsets=None) == ["row_forward", "row_backward"]
+        few = ["row_winners", "row_choice", "row_sums", "row_backward"]
+        assert run(triton.sample_softmax, 64, 50_257, dim=-1, offsets=None) == few
+        assert run(triton.sample_softmax, 900, dim=-1, offsets=offsets) == ["row_forward", "row_backward"]
+        with pytest.raises(DataDependentOutputException):
+            offsets.tolist()
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or triton.interpreting(), reason="there is something to run on")
