@@ -190,7 +190,7 @@ def _softmax(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str
 def _unsafe_view(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     result = func(*args, **kwargs)
     setattr(result, _BLANK, True)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _mean(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
