@@ -9,13 +9,16 @@ Examples:
     python tools/coverage.py --timm families --jobs 2 --output runs/coverage
     python tools/coverage.py --timm "convnext*"
     python tools/coverage.py --timm all --shapes --jobs 2 --output runs/architectures
+    python tools/coverage.py --timm families --shapes-free --jobs 2 --output runs/shapes_free
     python tools/coverage.py --torchvision --transformers
+    python tools/coverage.py --readme README.md --from runs/coverage/coverage.json runs/others/coverage.json
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.metadata
 import json
 import logging
 import multiprocessing
@@ -41,6 +44,10 @@ from torch.utils._pytree import tree_leaves
 import prunegate
 from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import call_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import shapes_free, support
 
 MASKS = 3
 EXACT = 1e-8
@@ -70,12 +77,14 @@ class Row:
     seconds: float = 0.0
     failure: str = ""
     frozen: dict[str, int] = field(default_factory=dict)
+    free: dict[str, str] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
         """Whether masked and slim agree, costs are exact and the top-level class is kept."""
         exact = EXACT if self.precision == "float64" else INSIDE
-        return not self.failure and self.error is not None and self.error <= exact and self.costs_exact
+        whole = not self.failure and self.error is not None and self.error <= exact and self.costs_exact
+        return whole and all(shapes_free.holds(outcome) for outcome in self.free.values())
 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -184,6 +193,31 @@ def examine_shapes(family: str, name: str, build: Callable[[], tuple[nn.Module, 
     return row
 
 
+def examine_freedom(family: str, name: str, build: Callable[[], tuple[nn.Module, Any]], compiled: bool) -> Row:
+    """Cuts one model by one mask and does with the slim one what people do with models."""
+    row, start = Row(family, name), time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    try:
+        model, example = build()
+        model = model.double().eval()
+        randomise(model, generator)
+        gated = prunegate.attach(model, example).eval()
+        row.gates, row.groups = gated.logits.numel(), len(gated.groups)
+        row.prunable = prunable_share(model, gated)
+        row.precision = str(gated.trace.precision).removeprefix("torch.")
+        gated.mask = random_mask(gated, generator)
+        began = time.perf_counter()
+        slim = gated.export()
+        row.export_seconds = time.perf_counter() - began
+        row.error, row.costs_exact = 0.0, True  # export has compared; the other sweep reports numbers
+        bound = EXACT if row.precision == "float64" else INSIDE
+        row.free = shapes_free.check(model, gated, slim.eval(), example, bound, compiled)
+    except Exception as error:
+        row.failure = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+    row.seconds = time.perf_counter() - start
+    return row
+
+
 def prunable_share(model: nn.Module, gated: Any) -> float:
     """Share of parameters that some unit removes, on at least one of their dimensions."""
     named = dict(model.named_parameters())
@@ -246,7 +280,17 @@ def smallest_of_family(family: str) -> str:
     return min(timm.list_models(module=family), key=parameters)
 
 
-def build_timm(name: str, large: float = LARGE) -> tuple[nn.Module, Tensor]:
+def build_flexible(name: str) -> tuple[nn.Module, Tensor]:
+    """As :func:`build_timm`, with images of any size where the model has an argument for that."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, dynamic_img_size=True)
+    except (TypeError, RuntimeError):
+        return build_timm(name)
+    return build_timm(name, dynamic_img_size=True)
+
+
+def build_timm(name: str, large: float = LARGE, **arguments: Any) -> tuple[nn.Module, Tensor]:
     """A timm model and a batch of one at its own size."""
     with torch.device("meta"):
         try:
@@ -255,7 +299,7 @@ def build_timm(name: str, large: float = LARGE) -> tuple[nn.Module, Tensor]:
             size = 0
     shallower: dict[str, Any] = {"depth": 2} if size > large else {}
     torch.manual_seed(0)
-    model = timm.create_model(name, **shallower)
+    model = timm.create_model(name, **shallower, **arguments)
     return model, torch.randn(1, *model.pretrained_cfg["input_size"], dtype=torch.float64)
 
 
@@ -278,8 +322,10 @@ def work(task: tuple[str, str, str]) -> Row:
     source, family, name = task
     if source == "shapes":
         return examine_shapes(family, name, lambda: build_timm(name, float("inf")))
+    name = name or smallest_of_family(family)
+    if source in ("free", "compiled"):
+        return examine_freedom(family, name, lambda: build_flexible(name), source == "compiled")
     if source == "timm":
-        name = name or smallest_of_family(family)
         return examine(family, name, lambda: build_timm(name))
     return examine(family, name, builders_of(source)[name])
 
@@ -431,19 +477,64 @@ def summary(rows: list[Row]) -> str:
     )
 
 
+def freedom(rows: list[Row]) -> str:
+    """A table of what else was done with slim models: what holds, and what does not."""
+    names = [name for name in (*shapes_free.CHECKS, *shapes_free.COMPILED) if any(name in row.free for row in rows)]
+    lines = ["| check | ok | the dense model does not, either | wrong |", "|---|--:|--:|---|"]
+    for name in names:
+        outcomes = {row.model: row.free[name] for row in rows if name in row.free}
+        fine = sum(outcome == shapes_free.OK for outcome in outcomes.values())
+        wrong = {model: outcome for model, outcome in outcomes.items() if not shapes_free.holds(outcome)}
+        told = "; ".join(f"{model}: {outcome}" for model, outcome in wrong.items()).replace("|", "/")
+        lines.append(f"| {name} | {fine} | {len(outcomes) - fine - len(wrong)} | {told} |")
+    return "\n".join([*lines, "", *(f"{row.model}: {row.failure}" for row in rows if row.failure), ""])
+
+
+def write_support(readme: Path, files: list[Path]) -> None:
+    """Rewrites the README's table of what is supported from files that sweeps wrote."""
+    rows = [Row(**row) for file in files for row in json.loads(file.read_text())]
+    described = {
+        "timm": "the smallest model of each family",
+        "torchvision": "the smallest classifier of each kind, and dense prediction",
+        "transformers": "vision and language models, tiny and random",
+        "ultralytics": "YOLOv8n, YOLO11n",
+    }
+    lines = []
+    for source, models in described.items():
+        own = [row for row in rows if (row.family if row.family in SOURCES else "timm") == source]
+        if own:
+            version = importlib.metadata.version(source)
+            passed = sum(row.passed for row in own)
+            lines.append(support.Support.of(f"{source} {version}: {models}", [asdict(row) for row in own], passed))
+    readme.write_text(support.rewrite(readme.read_text(), lines))
+
+
 def main() -> int:
     """Runs the sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", metavar="all|families|PATTERN", help="which timm models")
     parser.add_argument("--shapes", action="store_true",
                         help="of timm models only label, plan, cut and check shapes, without computing")  # fmt: skip
+    parser.add_argument("--shapes-free", action="store_true",
+                        help="of timm models check other batches and resolutions, training, copies, files")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="with --shapes-free, also torch.compile and export")
+    parser.add_argument("--readme", type=Path, help="rewrite the table of what is supported in this file and stop")
+    parser.add_argument("--from", dest="sources", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="for --readme: coverage.json of one or more sweeps")  # fmt: skip
     parser.add_argument("--torchvision", action="store_true", help="torchvision's classification and dense models")
     parser.add_argument("--transformers", action="store_true", help="tiny transformers models (needs transformers)")
     parser.add_argument("--ultralytics", action="store_true", help="YOLOv8n and YOLO11n (needs ultralytics)")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for coverage.json and coverage.md")
     args = parser.parse_args()
+    if args.readme:
+        if not args.sources:
+            parser.error("--readme needs --from and at least one coverage.json")
+        write_support(args.readme, args.sources)
+        return 0
     kind = "shapes" if args.shapes else "timm"
+    if args.shapes_free:
+        kind = "compiled" if args.compile else "free"
     tasks = [(kind, family, name) for family, name in (timm_rows(args.timm) if args.timm else ())]
     for source in SOURCES:
         if getattr(args, source):
@@ -469,14 +560,15 @@ def main() -> int:
                 args.output.mkdir(parents=True, exist_ok=True)
                 ordered = sorted(rows, key=lambda each: (each.family, each.model))
                 (args.output / "coverage.json").write_text(json.dumps([asdict(each) for each in ordered], indent=1))
-                (args.output / "coverage.md").write_text(markdown(ordered))
+                (args.output / "coverage.md").write_text(freedom(ordered) if args.shapes_free else markdown(ordered))
     failed = Table("model", "failure", title="failed") if not all(row.passed for row in rows) else None
     for row in rows:
         if failed is not None and not row.passed:
-            failed.add_row(row.model, row.failure or f"error {row.error}, costs exact: {row.costs_exact}")
+            wrong = {name: told for name, told in row.free.items() if not shapes_free.holds(told)}
+            failed.add_row(row.model, row.failure or f"error {row.error}, costs exact: {row.costs_exact} {wrong or ''}")
     if failed is not None:
         console.print(failed)
-    console.print(summary(rows), highlight=False, soft_wrap=True)
+    console.print(freedom(rows) if args.shapes_free else summary(rows), highlight=False, soft_wrap=True)
     return 0 if failed is None else 1
 
 
