@@ -27,6 +27,7 @@ MAX_INTEGER = 2**20
 """Largest integer among the arguments of a constructor, whatever the tensors: no model has such a size."""
 
 _MAX_ITEMS = 10_000
+_PER_CHOICE = 500  # parameters, or modules, of the operators of one choice
 _TIMM = "timm:create_model"
 _NOT_PASSED = frozenset({
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
@@ -40,11 +41,12 @@ class Limits:
 
     Args:
         shapes: Shapes of the tensors that the model is known to have, once for each name.
+        choices: Number of choices that operators were put in the place of; the others' tensors are made, too.
     """
 
-    def __init__(self, shapes: Collection[Sequence[int]]) -> None:
-        self.parameters = 4 * len(shapes) + 100
-        self.modules = 100 * len(shapes) + 10_000
+    def __init__(self, shapes: Collection[Sequence[int]], choices: int = 0) -> None:
+        self.parameters = 4 * len(shapes) + 100 + _PER_CHOICE * choices
+        self.modules = 100 * len(shapes) + 10_000 + _PER_CHOICE * choices
         self.elements = max(10_000_000, 256 * sum(math.prod(shape) for shape in shapes))
         largest = max((size for shape in shapes for size in shape), default=0)
         self.integer = min(MAX_INTEGER, max(2**14, 64 * largest))

@@ -133,7 +133,8 @@ def load_dense(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.
     try:
         plan = Plan.from_json(document["plan"])
         shapes = [plan.dense.get(name, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        dense = build(document["builder"], allow, Limits([*shapes, *(() for _ in document["aliases"])]))
+        limits = Limits([*shapes, *(() for _ in document["aliases"])], len(plan.choices))
+        dense = build(document["builder"], allow, limits)
         check_tensors(dense, plan)
     except (PlanError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error} ({_differences(document)})") from error
@@ -193,7 +194,7 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
     shapes = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
     target = entry["target"]
     try:
-        skeleton = apply_plan(_dense(entry, names_in(entry), Limits(list(shapes.values()))), plan)
+        skeleton = apply_plan(_dense(entry, names_in(entry), Limits(list(shapes.values()), len(plan.choices))), plan)
     except PlanError as error:
         raise CheckpointError(f"{target} does not build the model that was cut: {error}") from error
     built = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(skeleton)}
@@ -340,7 +341,7 @@ def _dense(entry: Any, allow: Collection[str], limits: Limits) -> nn.Module:
 def _skeleton(document: Mapping[str, Any], plan: Plan, allow: Collection[str],
               shapes: Collection[Sequence[int]]) -> nn.Module:  # fmt: skip
     """The cut model, its tensors still to be given values."""
-    limits = Limits(shapes)
+    limits = Limits(shapes, len(plan.choices))
     dense = _dense(document["builder"], allow, limits)
     check_tensors(dense, plan)
     try:

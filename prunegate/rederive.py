@@ -15,6 +15,7 @@ from prunegate.labels.record import Node
 from prunegate.labels.trace import call_model, trace
 from prunegate.labels.unionfind import FROZEN
 from prunegate.plan import Plan
+from prunegate.slim.choices import settle_choices, with_choices
 from prunegate.slim.derive import derive_plan
 from prunegate.slim.slicing import check_tensors
 
@@ -38,6 +39,8 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
             "the places that the plan edits are not in the source here, and no input size tells them anew"
         )
     check_tensors(dense, plan)
+    settle_choices(dense, plan)  # only what was chosen runs, and leaves calls
+    cropped = set(with_choices(dense, Plan(choices=plan.choices)).kept)
     inputs = torch.zeros(1, *size)
     try:
         traced = trace(dense, inputs)
@@ -53,6 +56,8 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
         tensors: dict[tuple[str, int], Tensor] = {}
         for name, dims in plan.kept.items():
             for dim, positions in dims.items():
+                if dim > 1 and name in cropped:
+                    continue  # the kernel's size, which is the choice's to say
                 kept = torch.zeros(plan.dense[name][dim], dtype=torch.bool)
                 kept[list(positions)] = True
                 tensors[name, dim] = kept
@@ -66,9 +71,10 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
                 if where is None or not bool(stays[FROZEN]) or bool((where & ~kept).any()):
                     raise PlanError(f"the plan removes positions of {name!r} that cannot be removed here")
 
-        again = derive_plan(dense, traced.calls, kept_of, tensors, lambda slim: call_model(slim, inputs), inputs)
+        again = derive_plan(dense, traced.calls, kept_of, tensors, lambda slim: call_model(slim, inputs), inputs,
+                            plan.choices)  # fmt: skip
     except PlanError:
         raise
     except PruneGateError as error:
         raise PlanError(f"the plan's edits could not be derived again: {error}") from error
-    return again
+    return with_choices(dense, again)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import prunegate
 from prunegate import Choice
 from prunegate.gated import GatedModel
+from prunegate.rederive import rederive
 from tests.models import randomise, relative_error
 
 
@@ -182,6 +183,57 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     twin = prunegate.load(tmp_path / "slim.safetensors", allow=("tests.test_choice",))
     torch.testing.assert_close(twin(x), slim(x), rtol=0, atol=0)
     assert not any(isinstance(module, Choice) for module in twin.modules())
+
+
+class Moved(Inverted):
+    """As its base, with a width in the source."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        n, _, h, w = x.shape
+        y = F.relu(self.norm(self.expand(x)))
+        y = self.depthwise(y.reshape(n, self.expand.weight.numel() // x.shape[1], h, w))
+        return x + self.project(F.hardswish(y.view(n, -1, h, w)))
+
+
+def test_edits_are_found_again_where_the_source_is_another() -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        blocks = Choice([Moved(6, 3, 2), Moved(6, 5, 3)])
+        kernel = prunegate.Kernel(nn.Conv2d(6, 6, 5, padding=2, groups=6), (3, 5))
+        return nn.Sequential(nn.Conv2d(3, 6, 3), blocks, kernel, nn.Flatten(), nn.Linear(6 * 49, 2))
+
+    x = torch.randn(1, 3, 9, 9)
+    gated = prunegate.attach(net(), x)
+    gated.choose({"1": "1", "2": "3"})
+    gated.mask = random_units(gated, 5)
+    slim, plan = gated.export(), gated.plan()
+    again = rederive(net(), plan, {"input_size": (3, 9, 9)})
+    assert again.choices == plan.choices
+    torch.testing.assert_close(prunegate.apply_plan(net(), again)(x), slim(x))
+
+
+class Rich(nn.Module):
+    """Many operators with many parameters, beside nothing at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        heavy = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(30))) for _ in range(8)]
+        self.choice = Choice([*heavy, nn.Identity()])
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 4] to [N, 2]."""
+        return self.out(self.choice(x))
+
+
+def test_file_of_a_small_model_builds_the_large_one_it_was_chosen_from(tmp_path: Path) -> None:
+    gated = prunegate.attach(Rich(), torch.randn(1, 4), units=())
+    gated.choose({"choice": "8"})
+    slim = gated.export()
+    prunegate.save(slim, tmp_path / "slim.safetensors", builder=Rich)
+    twin = prunegate.load(tmp_path / "slim.safetensors", allow=("tests.test_choice",))
+    assert [tuple(p.shape) for p in twin.parameters()] == [(2, 4), (2,)]
 
 
 def test_expected_cost_is_that_of_all_architectures_weighted_by_their_chances() -> None:
