@@ -1,0 +1,1 @@
+"""The parts of ``tools/compare.py``: data, networks, training, methods and the report."""

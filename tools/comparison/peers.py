@@ -1,0 +1,174 @@
+"""How other libraries cut a trained network to a share of its FLOPs.
+
+Neither takes a budget in FLOPs, so the share of units (Torch-Pruning) or the number of parameters (torch-kirigami) is
+found by bisection: the largest cut network that does not exceed the budget, by the FLOPs that ``prunegate.count_flops``
+counts for everybody.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import prunegate
+
+__all__ = ["kirigami", "torch_pruning"]
+
+_SCANNED = 16  # shares of units or parameters that are tried
+_FINEST = 0.002
+_BISECTIONS = 7
+
+
+def _accumulate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Leaves the summed gradient of the loss in ``grad``, which Taylor scores read."""
+    model.zero_grad()
+    for images, labels in batches:
+        F.cross_entropy(model(images), labels).backward()
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy with its gradients."""
+    duplicate = copy.deepcopy(model)
+    for ours, theirs in zip(duplicate.parameters(), model.parameters(), strict=True):
+        ours.grad = None if theirs.grad is None else theirs.grad.clone()
+    return duplicate
+
+
+def _largest(cuts: Sequence[Callable[[float], nn.Module | None]], example: Tensor, most: float) -> nn.Module:
+    """The cut of greatest FLOPs not above ``most``.
+
+    Costs need not fall with the share (Torch-Pruning skips layers that it would empty), so shares are scanned first,
+    and then refined beside the best.
+
+    Args:
+        cuts: Ways to cut, the library's defaults first; each takes a share of units or parameters that stays, and
+            gives ``None`` where the result does not run. A later one is tried if those before fall short by a tenth.
+        example: One input.
+        most: Greatest number of FLOPs.
+    """
+    best: tuple[int, nn.Module] | None = None
+    for cut in cuts:
+        at = 0.0
+        for share in [(i + 0.5) / _SCANNED for i in range(_SCANNED)]:
+            found = _within(cut, share, example, most)
+            if found is not None and (best is None or found[0] > best[0]):
+                best, at = found, share
+        reach = 0.5 / _SCANNED
+        while best is not None and at and reach > _FINEST:
+            for share in (at - reach, at + reach):
+                found = _within(cut, share, example, most)
+                if found is not None and found[0] > best[0]:
+                    best, at = found, share
+            reach /= 2
+        if best is not None and best[0] >= 0.9 * most:
+            break
+    if best is None:
+        raise RuntimeError("no cut of this method reaches the budget")
+    best[1].zero_grad()
+    return best[1]
+
+
+def _within(cut: Callable[[float], nn.Module | None], share: float, example: Tensor,
+            most: float) -> tuple[int, nn.Module] | None:  # fmt: skip
+    model = cut(share)
+    cost = most + 1 if model is None else prunegate.count_flops(model, example)
+    return None if model is None or cost > most else (int(cost), model)
+
+
+def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]], *,
+                  taylor: bool, everywhere: bool) -> nn.Module:  # fmt: skip
+    """Torch-Pruning 1.6.1, as in its examples for CNNs and timm's transformers (whole heads are removed).
+
+    Args:
+        dense: The trained network; left as it is.
+        example: One input.
+        most: Greatest number of FLOPs.
+        batches: What gradients are gathered on.
+        taylor: Score by first-order Taylor expansion instead of magnitude.
+        everywhere: Compare the scores of all layers (global) instead of removing the same share of each (local).
+    """
+    import torch_pruning as tp
+
+    scored = copy.deepcopy(dense).eval()
+    if taylor:
+        _accumulate(scored, batches)
+
+    def cut(highest: float, head_share: float, share: float) -> nn.Module | None:
+        model = _copy(scored)
+        heads = {module.qkv: module.num_heads for module in model.modules() if isinstance(module, Attention)}
+        importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = tp.pruner.BasePruner(
+                model, example, importance, global_pruning=everywhere, pruning_ratio=1 - share,
+                max_pruning_ratio=highest,
+                ignored_layers=[model.get_classifier()], num_heads=heads, prune_num_heads=bool(heads),
+                prune_head_dims=not heads, head_pruning_ratio=head_share * (1 - share),
+            )  # fmt: skip
+            pruner.step()
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.num_heads = pruner.num_heads[module.qkv]
+                module.attn_dim = module.qkv.out_features // 3
+                if not module.num_heads or module.attn_dim % module.num_heads:
+                    return None
+                module.head_dim = module.attn_dim // module.num_heads
+        return model if _runs(model, example) else None
+
+    # Where everything would go from a layer the library leaves it whole, and counts its heads wrong: then a cap on
+    # what goes from a layer, and fewer heads, give it the best chance.
+    return _largest([partial(cut, *setting) for setting in ((1.0, 1.0), (0.9, 1.0), (0.9, 0.5), (0.75, 0.0))],
+                    example, most)  # fmt: skip
+
+
+def kirigami(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]], *,
+             taylor: bool) -> nn.Module:  # fmt: skip
+    """torch-kirigami's greedy planner with its group magnitude or its Taylor score."""
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import Greedy, GroupMagnitude, ParameterBudget, Pruner, WeightTaylor
+
+    scored = copy.deepcopy(dense).eval()
+    if taylor:
+        _accumulate(scored, batches)
+    parameters = sum(parameter.numel() for parameter in dense.parameters())
+
+    def cut(share: float) -> nn.Module | None:
+        model = _copy(scored)
+        pruner = Pruner(model, graph=DependencyGraph.build(model, args=(example,)))
+        metric = WeightTaylor() if taylor else GroupMagnitude(p=2)
+        try:
+            model, _ = pruner.prune(pruner.discover_candidates(), strategy=Greedy(metric),
+                                    budget=ParameterBudget(max_params=max(1, int(share * parameters))))  # fmt: skip
+        except Exception as error:
+            if "lanning" not in type(error).__name__ and "udget" not in type(error).__name__:
+                raise
+            return None
+        return model
+
+    # Its greedy planner takes minutes where Torch-Pruning takes a second; the FLOPs do fall with the parameters.
+    low, high, best = 0.0, 1.0, None
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        found = _within(cut, middle, example, most)
+        low, high = (low, middle) if found is None else (middle, high)
+        best = found if found is not None and (best is None or found[0] > best[0]) else best
+    if best is None:
+        raise RuntimeError("no cut of this method reaches the budget")
+    best[1].zero_grad()
+    return best[1]
+
+
+def _runs(model: nn.Module, example: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(example)
+    except RuntimeError:
+        return False
+    return True
