@@ -9,24 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunegate.blocks import find_blocks
 from prunegate.choice import Choice
 from prunegate.cost import Cost
+from prunegate.derive import removable_blocks
 from prunegate.errors import AttachError
 from prunegate.gated import GatedModel, example_input_of
-from prunegate.groups import freeze_kinds, make_groups
+from prunegate.groups import add_blocks, freeze_kinds, make_groups
 from prunegate.install import install, running_copy
 from prunegate.labels.heads import positions_in_heads
 from prunegate.labels.paths import find_choices
 from prunegate.labels.record import Call
 from prunegate.labels.trace import trace
 from prunegate.operators import PATHS, OperatorSampler, add_choices
-from prunegate.sites import find_sites
+from prunegate.sites import find_sites, with_blocks
 from prunegate.slim.locate import locate
 
 __all__ = ["attach"]
 
 _UNITS = ("channel", "head")
-_KINDS = (*_UNITS, "head_dim")
+_KINDS = (*_UNITS, "head_dim", "block")
 
 
 def attach(model: nn.Module, example_input: Any = None, units: Collection[str] = _UNITS,
@@ -41,7 +43,10 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
             For timm models it may be left out: a batch of one is made from the model's configuration.
         units: Which kinds get gates: ``"channel"`` (every kind that has no name of its own here) and ``"head"``; on
             request also ``"head_dim"``, one position of every head of an attention: queries and keys lose it together,
-            and values with them where one tensor holds all three. Not where heads come from a convolution.
+            and values with them where one tensor holds all three, not where heads come from a convolution; and
+            ``"block"``, a branch that is added to a shortcut and that a mask may remove as a whole. Branches that
+            share their code's line with others, or of which the code around their modules computes a part by itself,
+            are none. Costs in FLOPs and parameters know removed branches, predicted latency and memory do not.
         ignore: Shell-style patterns of qualified module or parameter names; units that these parameters are part of
             get no gate. A ``Choice`` that a pattern names keeps its first operator.
         paths: Which operators of a ``Choice`` run in a training step of a search. ``"single"``: the one that is drawn,
@@ -77,9 +82,13 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
     def place(call: Call) -> Any:
         return locate(call.frame, call.name, traced.modules)
 
+    blocks = find_blocks(traced, ignored) if "block" in units else []
     sites = find_sites(traced, place)
-    groups, gate_map = make_groups(traced, sites.consumed)
+    units_alone = make_groups(traced, sites.consumed)
+    blocks = removable_blocks(blocks, traced, *units_alone, inputs)
+    groups, gate_map = add_blocks(*units_alone, blocks)
     groups, gate_map = add_choices(traced, groups, gate_map)
+    sites = with_blocks(sites, blocks)
     operators = OperatorSampler(gate_map.choices, paths, top_k) if gate_map.choices else None
     if not groups:
         raise AttachError(

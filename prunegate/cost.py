@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunegate.blocks import factors_of
 from prunegate.flops import call_terms, op_terms
 from prunegate.gates import Gates
 from prunegate.groups import GateMap
 from prunegate.labels.paths import Path
-from prunegate.labels.record import FrameRecord, Node
+from prunegate.labels.record import Call, FrameRecord, Node, Op
 from prunegate.labels.trace import Trace
 from prunegate.operators import PathLengths
 from prunegate.polynomial import Polynomial, PolynomialBuilder
@@ -94,24 +95,26 @@ def _count(trace: Trace, gate_map: GateMap) -> tuple[dict[str, Polynomial], dict
     flops, params = PolynomialBuilder(n, start), PolynomialBuilder(n, start)
     parts: dict[str, list[Term]] = {}
 
-    def count(frame: FrameRecord | None, terms: Any, path: Path) -> None:
+    by_event, by_tensor = factors_of(gate_map.blocks)
+
+    def count(event: Op | Call, frame: FrameRecord | None, terms: Any, path: Path) -> None:
         for coefficient, dims in terms:
             for product in lengths.products(dims):
-                factors = product + paths.of(path)
+                factors = product + paths.of(path) + by_event.get(id(event), [])
                 flops.add(coefficient, factors)
                 parts.setdefault(trace.algebra.module_name(frame), []).append((coefficient, factors))
 
     for op in trace.ops:
-        count(op.call.frame if op.call else None, op_terms(op.name, op.args, op.kwargs, op.out), op.path)
+        count(op, op.call.frame if op.call else None, op_terms(op.name, op.args, op.kwargs, op.out), op.path)
     for call in trace.calls:
-        count(call.frame, call_terms(call.name, call.args, call.kwargs, call.out), call.path)
+        count(call, call.frame, call_terms(call.name, call.args, call.kwargs, call.out), call.path)
     for name in trace.tensors:
         if name in trace.parameters:
             node = trace.tensors[name]
             dims, shared = paths.shared_positions(name)
             for own in lengths.products((node, dim) for dim in range(node.ndim) if dim not in dims):
                 for coefficient, there in paths.of_parameter(name):
-                    params.add(coefficient, [*own, *shared, *there])
+                    params.add(coefficient, [*own, *shared, *there, *by_tensor.get(name, [])])
     return {"flops": flops.build(), "params": params.build()}, parts
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunegate.groups import GateMap
+from prunegate.blocks import Block, removal_of
+from prunegate.errors import ExportError, PlanError
+from prunegate.groups import GateMap, Group, add_blocks
 from prunegate.labels.paths import is_active, paths_of_modules
 from prunegate.labels.record import Node
 from prunegate.labels.shapes import ShapesOnly
@@ -19,7 +22,7 @@ from prunegate.slim.choices import with_choices
 from prunegate.slim.derive import derive_plan
 from prunegate.tensors import attributes_kept, fit_inputs, set_attributes_back
 
-__all__ = ["derive"]
+__all__ = ["derive", "removable_blocks"]
 
 
 def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) -> Plan:
@@ -55,6 +58,9 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
         if is_active(there[site], chosen)
     }
     calls = [call for call in trace.calls if is_active(call.path, chosen)]
+    removal = removal_of(gate_map.removed(mask), calls)
+    gone = tuple(f"{name}." for name in removal.replaced)
+    tensors = {key: positions for key, positions in tensors.items() if not key[0].startswith(gone)}
     inputs = fit_inputs(example_input, trace.model)
 
     def run(slim: nn.Module) -> None:
@@ -62,5 +68,46 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
             set_attributes_back(slim, trace.changed)  # the model may have run since it was traced
             call_model(slim, inputs)
 
-    plan = derive_plan(trace.model, calls, kept, tensors, run, inputs, choices)
+    plan = derive_plan(
+        trace.model, removal.calls, kept, tensors, run, inputs, choices, removal.replaced, removal.edits
+    )
     return with_choices(trace.model, plan)
+
+
+def removable_blocks(blocks: Sequence[Block], trace: Trace, groups: Sequence[Group], gate_map: GateMap,
+                     example_input: Any) -> list[Block]:  # fmt: skip
+    """Those of some blocks without which the model runs: each is removed once.
+
+    Args:
+        blocks: Candidates.
+        trace: A labelling.
+        groups: The groups of its units.
+        gate_map: From labels to gates, without blocks.
+        example_input: What the model was traced on.
+    """
+    levels: dict[int, list[Block]] = {}
+    for block in blocks:
+        levels.setdefault(sum(id(block.call) in other.calls for other in blocks), []).append(block)
+
+    def runs(some: Sequence[Block]) -> bool:
+        _, with_gates = add_blocks(groups, gate_map, some)
+        mask = torch.ones(with_gates.n_gates, dtype=torch.bool)
+        mask[list(with_gates.blocks)] = False
+        try:
+            derive(trace, with_gates, mask, example_input)
+        except (ExportError, PlanError):
+            return False
+        return True
+
+    good = [block for level in levels.values() for block in _those(level, runs)]
+    return [block for block in blocks if block in good]
+
+
+def _those(blocks: Sequence[Block], runs: Callable[[Sequence[Block]], bool]) -> list[Block]:
+    """The blocks without which the model runs, each by itself; all are tried at once, then halves."""
+    if not blocks or runs(blocks):
+        return list(blocks)
+    if len(blocks) == 1:
+        return []
+    middle = len(blocks) // 2
+    return [*_those(blocks[:middle], runs), *_those(blocks[middle:], runs)]

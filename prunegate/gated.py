@@ -138,7 +138,7 @@ class GatedModel(nn.Module):
         """The current hard mask, bool ``[n_gates]``: True where a unit stays.
 
         All True after ``attach``; during a search the selection for the current target. Assigning a mask fixes it in
-        train and eval mode, assigning ``None`` releases it.
+        train and eval mode, assigning ``None`` releases it. Of a group inside a removed branch one unit stays marked.
 
         Raises:
             MaskError: On assignment of a mask of the wrong type or length, or that empties a layer.
@@ -195,13 +195,18 @@ class GatedModel(nn.Module):
                 f"a mask of shape {tuple(given.shape)} was given; expected ({n},), one entry for each gate in "
                 "gated.logits"
             )
-        given = given.detach().to("cpu")
+        given = given.detach().to("cpu").clone()
         for name, own in self.gate_map.choices.items():
             if int(given[own].sum()) != 1:
                 raise MaskError(
                     f"the mask keeps {int(given[own].sum())} operators of the choice {name!r} (gates {own.start} to "
                     f"{own.stop - 1}); exactly one must stay"
                 )
+        removed = frozenset[str]().union(*(block.tensors for block in self.gate_map.removed(given)))
+        for group in self.groups:
+            # What is inside a removed branch does not matter, but it runs, and must not divide by nothing.
+            if group.members and all(tensor in removed for tensor, _ in group.members) and not given[group.slice].any():
+                given[group.slice.start] = True
         for (tensor, dim), index in (*self.gate_map.dims.items(), *self.gate_map.inner.items()):
             if bool((index >= 0).all()) and not bool(given[index].any()):
                 group = self._group_of(int(index[0]))

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import functools
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from prunegate.blocks import Block
 from prunegate.labels.heads import head_roots
 from prunegate.labels.planes import varying
 from prunegate.labels.trace import Trace
 from prunegate.labels.unionfind import FROZEN, Reason
 
-__all__ = ["ALWAYS", "Frozen", "GateMap", "Group", "find_frozen", "freeze_kinds", "make_groups"]
+__all__ = ["ALWAYS", "BLOCK", "Frozen", "GateMap", "Group", "add_blocks", "find_frozen", "freeze_kinds", "make_groups"]
 
 ALWAYS = -1
 """The gate index of a position that is always there."""
+
+BLOCK = "block"
+"""Kind of a group whose one unit is a branch; it may be left empty."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class GateMap:
         choices: Where the gates of each choice of operators stand, by its name; they follow all others.
         inner: As ``dims``, for positions inside heads where ``dims`` holds the gates of the heads: such a position
             stays if both its gates are open.
+        blocks: The branches that may vanish, by their gates.
     """
 
     of_label: Tensor
@@ -84,6 +91,36 @@ class GateMap:
     n_gates: int
     choices: Mapping[str, slice] = field(default_factory=dict)
     inner: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    blocks: Mapping[int, Block] = field(default_factory=dict)
+
+    def removed(self, mask: Tensor) -> list[Block]:
+        """The blocks that a mask (bool ``[n_gates]``) removes."""
+        return [block for gate, block in self.blocks.items() if not bool(mask[gate])]
+
+    @functools.cached_property
+    def inside(self) -> dict[int, Tensor]:
+        """For the gate of each block, the gates of all that goes with it, int64; inner blocks first."""
+        found = {}
+        for gate, block in self.blocks.items():
+            within, beyond = [[torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]]
+            for (name, _), gates in (*self.dims.items(), *self.inner.items()):
+                (within if name in block.tensors else beyond).append(gates)
+            own = torch.unique(torch.cat(within))
+            own = own[(own >= 0) & ~torch.isin(own, torch.cat(beyond))]
+            nested = [other for other, each in self.blocks.items() if id(each.call) in block.calls]
+            found[gate] = torch.cat([own, torch.tensor(nested, dtype=torch.int64)])
+        return dict(sorted(found.items(), key=lambda item: len(item[1])))
+
+    def worth(self, scores: Tensor) -> Tensor:
+        """Scores, ``[n_gates]``, by which a branch counts with all that goes with it.
+
+        What is inside a removed branch costs nothing, so a choice by cost leaves it open: its scores are not lost with
+        the branch, and the branch must bring them.
+        """
+        scores = scores.clone()
+        for gate, inside in self.inside.items():
+            scores[gate] = scores[gate] * (1 + scores[inside].sum())
+        return scores
 
     def kept(self, mask: Tensor) -> dict[tuple[str, int], Tensor]:
         """Which positions stay of each tensor dimension that gates act on, bool, for a mask (bool ``[n_gates]``)."""
@@ -156,6 +193,26 @@ def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tu
         if gated:
             (inner if key in dims else dims)[key] = part
     return groups, GateMap(of_label, dims, live.numel(), inner=inner)
+
+
+def add_blocks(groups: Sequence[Group], gate_map: GateMap,
+               blocks: Sequence[Block]) -> tuple[tuple[Group, ...], GateMap]:  # fmt: skip
+    """Gates for branches that may vanish, behind those of units: a group for each."""
+    taken = {group.name for group in groups}
+    found: list[Group] = []
+    of_label = gate_map.of_label.clone()
+    for block in blocks:
+        gate = gate_map.n_gates + len(found)
+        count = itertools.count(2)
+        name = block.name
+        while name in taken:
+            name = f"{block.name}#{next(count)}"
+        taken.add(name)
+        of_label[block.label] = gate
+        found.append(Group(name, BLOCK, slice(gate, gate + 1), ()))
+    gates = {group.slice.start: block for group, block in zip(found, blocks, strict=True)}
+    n_gates = gate_map.n_gates + len(found)
+    return (*groups, *found), replace(gate_map, of_label=of_label, n_gates=n_gates, blocks=gates)
 
 
 def freeze_kinds(trace: Trace, units: Collection[str]) -> None:

@@ -22,7 +22,7 @@ FORMAT = 1
 """Version of the JSON form."""
 
 Number = int | float
-ArgumentKind = Literal["size", "argument", "start", "stop", "index", "split", "widths"]
+ArgumentKind = Literal["size", "argument", "start", "stop", "index", "split", "widths", "operand"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Argument:
             ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript.
             ``"split"``: the sections of a split; a ``chunk`` becomes a ``split`` for it. ``"widths"``: of multi-head
             attention, the number of heads, the widths of queries and values, and the width that the scale is for.
+            ``"operand"``: nothing is computed, the argument at position ``index`` takes the call's place (a copy of it
+            where ``name`` is ``"copy"``).
         index: See ``kind``.
         name: See ``kind``.
     """
@@ -157,6 +159,7 @@ class Plan:
         calls: Calls whose arguments change.
         choices: The operator that takes the place of a ``Choice``, by the choice's qualified name. All names in a plan
             are those of the model before the cut, with its choices.
+        removed: Modules that an identity stands in for, by qualified name, none inside another.
 
     Raises:
         PlanError: The parts do not fit together.
@@ -167,6 +170,7 @@ class Plan:
     attributes: tuple[AttributeEdit, ...] = ()
     calls: tuple[CallEdit, ...] = ()
     choices: Mapping[str, Chosen] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that the parts fit together."""
@@ -229,6 +233,25 @@ class Plan:
             _compose_attributes(self.attributes, after.attributes),
             merge_calls((*self.calls, *after.calls)),
             {**self.choices, **after.choices},
+            (*self.removed, *after.removed),
+        ).without_removed()
+
+    def without_removed(self) -> Plan:
+        """The plan without what it says about the inside of modules that it removes."""
+
+        def inside(name: str) -> bool:
+            return any(name == module or name.startswith(f"{module}.") for module in self.removed)
+
+        if not self.removed:
+            return self
+        removed = {name for name in self.removed if not any(name.startswith(f"{each}.") for each in self.removed)}
+        return Plan(
+            {name: shape for name, shape in self.dense.items() if not inside(name)},
+            {name: dims for name, dims in self.kept.items() if not inside(name)},
+            tuple(edit for edit in self.attributes if not inside(edit.module)),
+            tuple(edit for edit in self.calls if not inside(edit.site.module)),
+            {site: chosen for site, chosen in self.choices.items() if not inside(site)},
+            tuple(sorted(removed)),
         )
 
     # ------------------------------------------------------------------ JSON
@@ -263,6 +286,8 @@ class Plan:
                 for edit in self.calls
             ],
         }  # fmt: skip
+        if self.removed:
+            document["removed"] = list(self.removed)
         if self.choices:
             document["choices"] = {site: [each.name, each.path] for site, each in self.choices.items()}
         return json.dumps(document, separators=(",", ":"), allow_nan=False)
@@ -325,6 +350,7 @@ def _named_before(plan: Plan, paths: Mapping[str, str]) -> Plan:
         tuple(replace(edit, module=before(edit.module)) for edit in plan.attributes),
         tuple(CallEdit(replace(edit.site, module=before(edit.site.module)), edit.changes) for edit in plan.calls),
         {before(site): chosen for site, chosen in plan.choices.items()},
+        tuple(before(name) for name in plan.removed),
     )
 
 
@@ -382,7 +408,7 @@ class _Reader:
     def __init__(self, document: Any) -> None:
         self.document = self.mapping(document, "the plan")
         expected = {"format", "sets", "dense", "kept", "attributes", "calls"}
-        if set(self.document) - {"choices"} != expected:
+        if set(self.document) - {"choices", "removed"} != expected:
             raise PlanError(f"not a plan: it has the keys {sorted(self.document)[:8]}, expected {sorted(expected)}")
         if self.document["format"] != FORMAT or isinstance(self.document["format"], bool):
             raise PlanError(
@@ -408,6 +434,10 @@ class _Reader:
                 site: self.chosen(each)
                 for site, each in self.mapping(self.document.get("choices", {}), "choices").items()
             },
+            tuple(
+                self.text(name, "a removed module")
+                for name in self.sequence(self.document.get("removed", []), "the removed modules")
+            ),
         )
 
     @staticmethod

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunegate.blocks import find_blocks, removal_of
 from prunegate.errors import PlanError, PruneGateError
 from prunegate.labels.heads import positions_in_heads
 from prunegate.labels.record import Node
@@ -47,6 +48,13 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
         inside = positions_in_heads(traced.algebra, traced.tensors)
         if inside:
             traced = trace(dense, inputs, inside=inside)
+        # A block that is removed removes its modules, so the modules tell the blocks.
+        gone = tuple(f"{name}." for name in plan.removed)
+        blocks = find_blocks(traced) if gone else []
+        blocks = [block for block in blocks if all(f"{name}.".startswith(gone) for name in block.replaced)]
+        removal = removal_of(blocks, traced.calls)
+        if set(removal.replaced) != set(plan.removed):
+            raise PlanError(f"the plan removes {sorted(plan.removed)[:3]}, which cannot be removed here")
         stays = torch.ones(len(traced.labels), dtype=torch.bool)
 
         def kept_of(node: Node, dim: int) -> Tensor | None:
@@ -71,8 +79,11 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
                 if where is None or not bool(stays[FROZEN]) or bool((where & ~kept).any()):
                     raise PlanError(f"the plan removes positions of {name!r} that cannot be removed here")
 
-        again = derive_plan(dense, traced.calls, kept_of, tensors, lambda slim: call_model(slim, inputs), inputs,
-                            plan.choices)  # fmt: skip
+        again = derive_plan(
+            dense, removal.calls, kept_of, tensors, lambda slim: call_model(slim, inputs), inputs,
+            plan.choices,
+            removed=removal.replaced, edits=removal.edits,
+        )  # fmt: skip
     except PlanError:
         raise
     except PruneGateError as error:

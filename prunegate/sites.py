@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunegate.blocks import Block
 from prunegate.labels.algebra import Consumption, Reduction
 from prunegate.labels.planes import varying
 from prunegate.labels.record import Call, Node, Op, nodes_in
@@ -74,6 +75,14 @@ class Sites:
     def consumed(self) -> frozenset[tuple[str, int]]:
         """The (parameter, dimension) pairs that consume units."""
         return frozenset((site.name, site.dim) for site in self.parameters)
+
+
+def with_blocks(sites: Sites, blocks: Sequence[Block]) -> Sites:
+    """The sites, and the sums at which the gates of ``blocks`` act: there they multiply the branch."""
+    sums = [
+        OperandSite(block.call, block.branch, torch.full((1,) * block.call.out.ndim, block.label)) for block in blocks
+    ]
+    return replace(sites, operands=(*sites.operands, *sums))
 
 
 Locate = Callable[[Call], Hashable | None]

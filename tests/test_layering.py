@@ -34,6 +34,7 @@ LAYERS = (
     "labels.trace",
     "labels",
     "slim",
+    "blocks",
     "polynomial",
     "flops",
     "groups",

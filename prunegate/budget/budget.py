@@ -446,9 +446,10 @@ class Budget:
         scores = torch.sigmoid(logits / self._scale()) + _TIE_BREAK * torch.sigmoid(logits)
         scores = scores.masked_fill(self._held, 1.0)
         if self._mixing is None:
-            return scores
+            return self.gated.gate_map.worth(scores)
         # Where the target had to be reached by a bonus for what is costly, the final choice keeps the bonus.
-        return self._mixing.score(scores, logits + max(self._shift, 0.0) * self._mixing.tilt)
+        mixed = self._mixing.score(scores, logits + max(self._shift, 0.0) * self._mixing.tilt)
+        return self.gated.gate_map.worth(mixed)
 
     def _settle(self) -> None:
         """Chooses the final mask, at the noise with which a search ends, whenever that is."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from prunegate.errors import BudgetError
-from prunegate.groups import Group
+from prunegate.groups import BLOCK, Group
 from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial
 from prunegate.select import Limit, Width, greatest_cost, least_cost
@@ -132,6 +132,11 @@ def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Map
             continue
         if group.name in held:
             widths.append(Width(group.slice, group.size, group.size))
+            continue
+        if group.kind == BLOCK:
+            # A branch may go; a rule for all groups is about what a layer keeps, so only one of its own holds it.
+            asked = isinstance(min_keep, Mapping) and any(fnmatchcase(group.name, each) for each in min_keep)
+            widths.append(Width(group.slice, int(asked), 1))
             continue
         unit = int(np.gcd.reduce(positions[group.slice].numpy()))
         multiple = step // math.gcd(step, unit) if unit else step

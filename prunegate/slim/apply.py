@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from prunegate.errors import PlanError
 from prunegate.plan import Plan
 from prunegate.slim.attributes import check_attributes, follow_weights, set_attributes
 from prunegate.slim.choices import chosen_of, put_operators, settle_choices
@@ -54,6 +55,20 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     return slim
 
 
+def _identities(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
+    """What stands in for the modules that a plan removes, by their identity."""
+    found: dict[int, nn.Module] = {}
+    for name in plan.removed:
+        try:
+            module = model.get_submodule(name) if name else None
+        except AttributeError:
+            module = None
+        if module is None:
+            raise PlanError(f"the plan removes the module {name!r}, which this {type(model).__name__} does not have")
+        found[id(module)] = nn.Identity().train(module.training)
+    return found
+
+
 def cut_model(model: nn.Module, plan: Plan) -> nn.Module:
     """As :func:`apply_plan`, but choices stay where they are and run what the plan chooses.
 
@@ -65,6 +80,7 @@ def cut_model(model: nn.Module, plan: Plan) -> nn.Module:
     check_attributes(model, plan.attributes)
     # Copying with the cut tensors already in the memo never holds a second dense model, and keeps tied ones tied.
     memo: dict[int, Any] = dict(cut_tensors(model, plan))
+    memo |= _identities(model, plan)
     slim = copy.deepcopy(model, memo)
     set_attributes(slim, plan.attributes)
     follow_weights(model, slim)

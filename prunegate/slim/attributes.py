@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from prunegate.errors import PlanError
 from prunegate.plan import AttributeEdit
+from prunegate.slim.edits import original_class
 
-__all__ = ["check_attributes", "follow_weights", "get_path", "plain", "set_attributes"]
+__all__ = ["check_attributes", "follow_weights", "get_path", "module_pairs", "plain", "set_attributes"]
 
 
 def _channels(module: Any) -> int | None:
@@ -63,13 +64,21 @@ TABLE: dict[type[nn.Module], dict[str, Callable[[Any], Any]]] = {
 """For each class of torch: its attributes that follow from its tensors; ``None`` where they say nothing."""
 
 
+def module_pairs(dense: nn.Module, slim: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """The modules of a model with those of its cut copy; modules without a counterpart are left out."""
+    found = dict(slim.named_modules())
+    for name, module in dense.named_modules():
+        if name in found and isinstance(found[name], original_class(module)):
+            yield module, found[name]
+
+
 def follow_weights(dense: nn.Module, slim: nn.Module) -> None:
     """Sets the attributes of the table on every module of ``slim`` that was cut.
 
     An attribute that does not follow from the weights in ``dense`` (a subclass that means something else by it) is left
     alone.
     """
-    for before, after in zip(dense.modules(), slim.modules(), strict=True):
+    for before, after in module_pairs(dense, slim):
         entries = next((TABLE[base] for base in type(before).__mro__ if base in TABLE), {})
         for name, value in entries.items():
             try:

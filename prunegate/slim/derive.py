@@ -54,7 +54,8 @@ AttributeKey = tuple[str, str]
 
 def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Mapping[tuple[str, int], Tensor],
                 run: Callable[[nn.Module], Any], inputs: Any = None,
-                choices: Mapping[str, Chosen] | None = None) -> Plan:  # fmt: skip
+                choices: Mapping[str, Chosen] | None = None, removed: Sequence[str] = (),
+                edits: Sequence[CallEdit] = ()) -> Plan:  # fmt: skip
     """Finds the plan that cuts a model to what is kept.
 
     Args:
@@ -65,6 +66,8 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
         run: Runs a model on the input of the traced run.
         inputs: That input, where it is a tensor: with it the widths of intermediate features are found, too.
         choices: The operators that take the place of choices; ``calls`` are those that are made then.
+        removed: Modules that an identity stands in for; ``calls`` are those that are made then.
+        edits: What is known to change at calls.
 
     Returns:
         The plan. The model that it leaves runs through the same calls, with results of the shapes that are kept.
@@ -72,7 +75,8 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
     Raises:
         UnrepairableError: A call cannot be made to follow; it names the traced tensors that stand in the way.
     """
-    draft = replace(_tensor_plan(model, tensors), choices=choices or {})
+    draft = replace(_tensor_plan(model, tensors), choices=choices or {}, removed=tuple(removed), calls=tuple(edits))
+    draft = draft.without_removed()
     return _Derivation(model, calls, Live(kept), draft, run, inputs).plan()
 
 
@@ -126,7 +130,7 @@ class _Derivation:
         self.dense_modules = dict(model.named_modules())
         self.slim_modules = dict(self.slim.named_modules())
         self.attributes: dict[AttributeKey, AttributeEdit] = {}
-        self.edits: list[CallEdit] = []
+        self.edits: list[CallEdit] = list(draft.calls)
         self.watched: set[int] = set()
         self.executions: dict[Any, list[int]] = {}
 
@@ -150,7 +154,8 @@ class _Derivation:
                     tuple(edit for edit in attributes.values() if edit.old != edit.new),
                     merge_calls(self.edits),
                     self.draft.choices,
-                )
+                    self.draft.removed,
+                ).without_removed()
             if not self.repair(result):
                 finding = result.findings[0]
                 raise self.unrepairable(finding, "its arguments stay wrong")

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from prunegate.labels.record import Node
 from prunegate.labels.shapes import ShapesOnly
 from prunegate.plan import AttributeEdit
+from prunegate.slim.attributes import module_pairs
 from prunegate.slim.live import Live
 
 __all__ = ["NODE", "FeatureWatch"]
@@ -27,6 +28,15 @@ NODE = "_prunegate_seen"
 _FEATURES = "forward_features"
 _INTERMEDIATES = "forward_intermediates"
 _INPUT_WIDTHS = ("in_features", "in_channels", "embedding_dim")
+_OUTPUT_WIDTHS = ("out_features", "out_channels", "num_features")
+_FUSING = ("reparameterize", "fuse")
+"""Methods that put one layer in the place of several branches (timm calls them so)."""
+_FUSED_BY: dict[str, tuple[Sequence[str], int]] = {
+    **dict.fromkeys(("in_chs", "in_channels", "dim"), (_INPUT_WIDTHS, 0)),
+    **dict.fromkeys(("out_chs", "out_channels", "embed_dim"), (_OUTPUT_WIDTHS, -1)),
+    "groups": (("groups",), 0),
+}
+"""Attributes from which such a method makes its layer: the children's attributes that they equal, first or last."""
 
 
 class FeatureWatch:
@@ -72,12 +82,15 @@ class FeatureWatch:
             live: What stays.
         """
         edits = list(self._of_feature_info(slim, live))
-        for (name, before), after in zip(self.modules.items(), slim.modules(), strict=True):
+        names = {id(module): name for name, module in self.modules.items()}
+        for before, after in module_pairs(self.dense, slim):
+            name = names[id(before)]
             for attribute, rule in (("in_features", _first), ("num_features", _last)):
                 value = _kept_number(before, attribute) if name and any(True for _ in before.children()) else None
                 new = None if value is None else rule(before, after, value)
                 if value is not None and new is not None and new != value:
                     edits.append(AttributeEdit(name, attribute, value, new))
+            edits += _of_fusing(name, before, after)
         edits += self._of_stages(edits)
         return [*edits, *self._of_model(slim, live, {(edit.module, edit.name) for edit in edits})]
 
@@ -194,10 +207,32 @@ def _kept_number(module: nn.Module, attribute: str) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def _of_fusing(name: str, before: nn.Module, after: nn.Module) -> Iterator[AttributeEdit]:
+    """Sizes of the layer into which a module can fuse its branches; its forward reads none of them."""
+    if not any(callable(getattr(before, method, None)) for method in _FUSING):
+        return
+    read = getattr(type(before).forward, "__code__", None)
+    for attribute, (widths, which) in _FUSED_BY.items():
+        value = _kept_number(before, attribute)
+        if value is None or read is None or attribute in read.co_names:
+            continue
+        found = [new for old, new in _numbers(before, after, widths) if old == value]
+        if found and found[which] != value:
+            yield AttributeEdit(name, attribute, value, found[which])
+
+
+def _numbers(before: nn.Module, after: nn.Module, attributes: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Numbers of the layers in a module, before and after, in order."""
+    for dense, slim in zip(before.modules(), after.modules(), strict=True):
+        for attribute in attributes:
+            if attribute in dense.__dict__ and isinstance(getattr(dense, "weight", None), Tensor):
+                yield getattr(dense, attribute), getattr(slim, attribute)
+
+
 def _inputs(before: nn.Module, after: nn.Module) -> list[tuple[int, int]]:
     """Widths that the layers in a module take, before and after, in order."""
     widths = []
-    for dense, slim in zip(before.modules(), after.modules(), strict=True):
+    for dense, slim in module_pairs(before, after):
         for attribute in _INPUT_WIDTHS:
             if attribute in dense.__dict__ and isinstance(getattr(dense, "weight", None), Tensor):
                 widths.append((getattr(dense, attribute), getattr(slim, attribute)))
@@ -224,7 +259,9 @@ def _classifier_width(dense: nn.Module, slim: nn.Module, value: int) -> int | No
 
 def _first_tensor(dense: nn.Module, slim: nn.Module, value: int) -> int | None:
     """What is left of the first dimension of that size, in the order in which the model has its parameters."""
-    for before, after in zip(dense.parameters(), slim.parameters(), strict=True):
+    cut = dict(slim.named_parameters())
+    for name, before in dense.named_parameters():
+        after = cut.get(name, before)
         for old, new in zip(before.shape, after.shape, strict=True):
             if old == value:
                 return new

@@ -26,6 +26,7 @@ from prunegate.slim.arguments import (
     SIZE_KEYWORDS,
     find_argument,
     is_method_call,
+    positional,
     size_expressions,
     subscript_items,
 )
@@ -122,6 +123,9 @@ class _Writer:
         if id(node) not in self.calls:
             return self.splice(node, {})
         call, rewrite = self.calls[id(node)]
+        operands = [change for change in rewrite.changes if change.argument.kind == "operand"]
+        if operands:
+            return self.operand(call, operands[0].argument)
         replaced: dict[int, _Piece] = {}
         added: list[_Piece] = []
         for expression, piece in self.arguments(call, rewrite.changes):
@@ -135,6 +139,26 @@ class _Writer:
         edits = [] if callee is None else [callee]
         edits += self.appended(node, added)
         return self.splice(node, replaced, edits, late=[key for piece in added for key in piece.keys])
+
+    def operand(self, call: CallNode, argument: Argument) -> _Piece:
+        """One argument in the place of the whole call."""
+        given = positional(self.source, call.node)
+        if not 0 <= argument.index < len(given) or isinstance(given[argument.index], ast.Starred):
+            raise PlanError(f"call {call.call!r} number {call.ordinal} of {self.source.name} has no such operand")
+        piece = self.render(given[argument.index])
+        text, keys = b"(" + piece.text + b")", list(piece.keys)
+        if argument.name == "copy":
+            text += b".clone()"
+            keys.append(None)
+        return _Piece(self.target(call) + text, keys)
+
+    def target(self, call: CallNode) -> bytes:
+        """What a statement such as ``x += y`` assigns to, with the sign of an assignment; nothing for an expression."""
+        if not isinstance(call.node, ast.AugAssign):
+            return b""
+        if not isinstance(call.node.target, ast.Name):
+            raise PlanError(f"{call.call!r} number {call.ordinal} of {self.source.name} assigns to no plain name")
+        return call.node.target.id.encode() + b" = "
 
     def splice(self, node: ast.expr | ast.stmt, replaced: Mapping[int, _Piece],
                edits: Sequence[tuple[int, int, bytes]] = (), inner: tuple[int, int] | None = None,
@@ -318,6 +342,11 @@ class _Writer:
         through = f"{self.module}.{SITES}[{rewrite.wrap!r}](".encode()
         node = call.node
         own = (call.call, call.ordinal)
+        if isinstance(node, ast.AugAssign):
+            target = self.target(call)
+            value = replaced.get(id(node.value)) or self.render(node.value)
+            method = f"{_TORCH}.Tensor.{call.call}, ".encode() + target.removesuffix(b" = ") + b", "
+            return _Piece(target + through + method + value.text + b")", [*self.lookup, *value.keys, own])
         if isinstance(node, ast.BinOp):
             left, right = (replaced.get(id(each)) or self.render(each) for each in (node.left, node.right))
             method = f"{_TORCH}.Tensor.{call.call}, ".encode()
