@@ -1,10 +1,10 @@
 """Counter-based random numbers: the same (seed, step) gives the same draw on every device and every rank.
 
 Philox 4x32 with seven rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): the fewest that
-the paper finds to pass all of BigCrush. Its ten are a margin for uses unknown; ours is known, and the rounds are a
-third of what a draw costs. The key is the
-seed; the counter is (column // 4, row, step, draw), and word ``column % 4`` of the result belongs to the column. A
-number therefore depends on where it is used and on nothing else: not on block sizes, thread counts or strides.
+the paper finds to pass all of BigCrush. Its ten are a margin for uses unknown; ours is known, and every round costs a
+twentieth of a draw. The key is the seed; the counter is (column // 4, row, step, draw), and word ``column % 4`` of the
+result belongs to the column. A number therefore depends on where it is used and on nothing else: not on block sizes,
+thread counts or strides.
 
 This file holds the generator and the slow, obvious form in torch operations. The C and Triton kernels make the
 same words and turn them into the same noise, up to the last bits of a logarithm.
