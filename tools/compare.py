@@ -170,11 +170,12 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     every = [*METHODS, *(name + _DISTILLED for name in METHODS if name != "from scratch")]
+    every_network = ["mobile", "deit", "convnext", "resnet"]
     parser = argparse.ArgumentParser(description=__doc__, epilog=HOW_TO_GET,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="where Fashion-MNIST's files are, see below")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), metavar="FOLDER")
-    parser.add_argument("--networks", nargs="+", default=["mobile", "deit", "convnext", "resnet"], choices=NETWORKS)
+    parser.add_argument("--networks", nargs="+", default=every_network, choices=NETWORKS)
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.15, 0.3, 0.5, 0.7], help="shares of FLOPs")
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD",
                         help=f"of: {'; '.join(every)}")  # fmt: skip
@@ -187,15 +188,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a minute on made-up images, to see that it works")
     parser.add_argument("--test", action="store_true", help="read the test file, for the final table; once only")
     args = parser.parse_args(argv)
-    if args.smoke and argv_has_no(args, every):
-        args.networks, args.budgets, args.seeds = ["deit"], [0.3], [0]
-        args.output = args.output / "smoke"
+    if args.smoke and args.networks == every_network and args.methods == every:
+        args.networks, args.budgets, args.seeds, args.output = ["deit-small"], [0.4], [0], args.output / "smoke"
+        args.methods = [name for name in every if "kirigami" not in name and _DISTILLED not in name]
     return args
-
-
-def argv_has_no(args: argparse.Namespace, every: list[str]) -> bool:
-    """Whether nothing was chosen on the command line, so that ``--smoke`` may choose."""
-    return args.methods == every and len(args.networks) == 4
 
 
 if __name__ == "__main__":
