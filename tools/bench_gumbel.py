@@ -11,6 +11,8 @@ against softmax and against the baseline's mean gradient.
 
 ``--avx2`` shows what a machine without AVX-512 would: torch's own kernels and ours are held to AVX2.
 
+Last, LayerNorm over kept positions beside torch's own over all; the gates are differentiated too.
+
 Memory is the peak of what torch allocates over one forward and backward, less the sample and the gradient that the
 caller keeps, in units of the sample (for binary gates the baseline's sample is a pair a gate).
 """
@@ -32,7 +34,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunegate.gumbel import backends, cpu, gumbel_sigmoid, gumbel_softmax
+from prunegate.gumbel import backends, cpu, gumbel_sigmoid, gumbel_softmax, masked_layer_norm
 
 LAYERS = 500
 
@@ -168,6 +170,31 @@ def measure(case: Case, names: list[str], rounds: int, device: str) -> list[tupl
     return rows
 
 
+def norms(rounds: int, device: str) -> Table:
+    """LayerNorm over kept positions beside torch's own over all, forward and backward."""
+    table = Table("rows", "torch, µs", "masked, µs", "times torch (quartiles)", title="LayerNorm over kept positions")
+    for shape in [(4, 197, 192), (4, 197, 384), (8, 197, 384), (16, 197, 768)]:
+        columns = shape[-1]
+        x, weight, bias, gradient = (torch.randn(size, device=device) for size in (shape, columns, columns, shape))
+        keep = (torch.arange(columns, device=device) % 3 > 0).float()
+        plain = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+        masked = [*plain, keep.requires_grad_()]
+
+        def ours(masked: list[Tensor] = masked, gradient: Tensor = gradient) -> tuple[Tensor, ...]:
+            x, weight, bias, keep = masked
+            return torch.autograd.grad(masked_layer_norm(x, keep, weight, bias), masked, gradient)
+
+        def theirs(plain: list[Tensor] = plain, gradient: Tensor = gradient) -> tuple[Tensor, ...]:
+            x, weight, bias = plain
+            return torch.autograd.grad(F.layer_norm(x, x.shape[-1:], weight, bias), plain, gradient)
+
+        times = [(clock(theirs, 5, device), clock(ours, 5, device)) for _ in range(4 * rounds)][rounds:]
+        low, middle, high = quantiles([mine / torchs for torchs, mine in times], n=4)
+        micro = [f"{median(taken) * 1e6:,.0f}" for taken in zip(*times, strict=True)]
+        table.add_row(str([*shape]), *micro, f"{middle:.2f} ({low:.2f} to {high:.2f})")
+    return table
+
+
 def hold_to_avx2() -> None:
     """Makes torch and the C path use AVX2 where they could use AVX-512.
 
@@ -226,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=110)
     console.print(table)
     console.print(memory)
+    console.print(norms(options.rounds, options.device))
     for name, reason in listed.items():
         console.print(f"{name}: {reason}")
 
