@@ -34,7 +34,8 @@ def magnitudes(n_gates: int, dims: Mapping[tuple[str, int], Tensor], weights: It
     for (name, dim), gates in dims.items():
         if name in by_name:
             others = [d for d in range(by_name[name].ndim) if d != dim]
-            norms = by_name[name].detach().double().pow(2).sum(others).cpu()
+            norms = by_name[name].detach().double().pow(2).sum(others)
+            norms = getattr(norms, "full_tensor", lambda own=norms: own)().cpu()  # of a sharded weight, all of it
             gates = gates.cpu()
             total.index_add_(0, gates[gates >= 0], norms[gates >= 0])
     return total
