@@ -262,15 +262,22 @@ class GatedModel(nn.Module):
             raise error
         return kept
 
-    def export(self) -> nn.Module:
+    def export(self, flops: float | None = None) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.
 
         The result is checked: on a random batch it must compute what the masked model does. In the middle of a search
         the current selection is cut, and a warning says so.
 
+        Args:
+            flops: After a search for several budgets (``Budget(gated, flops=[most, ..., least])``), any budget between
+                the largest and the smallest: a share of the dense model's FLOPs, or an absolute number. The mask stays
+                as it is. Batch norms' statistics are those of all budgets together: re-estimate them.
+
         Raises:
-            ExportError: The two disagree; says by how much.
+            ExportError: The two disagree; says by how much. Or there was no search that ``flops`` could be cut from.
         """
+        if flops is not None:
+            return self._export_at(flops)
         if self.prunegate.phase == "search":
             warnings.warn(
                 "export() in the middle of a search cuts the selection for the current target; call "
@@ -282,6 +289,21 @@ class GatedModel(nn.Module):
         slim.train(self.training)
         self._check(slim)
         return slim
+
+    def _export_at(self, flops: float) -> nn.Module:
+        gates = self.prunegate
+        if gates.selector is None:
+            raise ExportError(
+                f"export(flops={flops!r}) was asked for before any search; make a Budget(gated, flops=[most, ..., "
+                "least]) and train, or assign a mask and call export()"
+            )
+        phase, fixed = gates.phase, gates.fixed_mask.clone()
+        try:
+            self.mask = gates.selector(flops)
+            return self.export()
+        finally:
+            gates.phase = phase
+            gates.fixed_mask.copy_(fixed)
 
     def _check(self, slim: nn.Module) -> None:
         inputs = _random_like(fit_inputs(self.example_input, self))

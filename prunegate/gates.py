@@ -50,7 +50,7 @@ class Gates(nn.Module):
             of its gate. ``"search"``: in train mode one hard sample a forward, in eval mode the selector's mask.
             ``"fixed"``: ``fixed_mask`` in both modes.
         fixed_mask: bool ``[n_gates]``, the mask of phase ``"fixed"``.
-        selector: Gives the current hard mask in phase ``"search"``.
+        selector: Gives the current hard mask in phase ``"search"``; given a number, the mask for so many FLOPs.
         sample: What consumers read.
         counter: Seed and number of the next draw, int64 ``[2]``; ``None`` while draws come from torch's generator.
 
@@ -77,7 +77,7 @@ class Gates(nn.Module):
         start = torch.ones(n_gates, dtype=torch.bool) if start is None else start
         self.logits = nn.Parameter(torch.zeros(n_gates))
         self.phase: Phase = "open"
-        self.selector: Callable[[], Tensor] | None = None
+        self.selector: Callable[..., Tensor] | None = None
         self.sample = sample
         self._shapes = [tuple(piece.shape) for piece in pieces]
         self._sizes = [piece.numel() for piece in pieces]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from prunegate.budget.learner import Learner, initial_ranks, magnitudes
 from prunegate.budget.limits import MEGABYTE, PICOSECONDS, make_limits, make_widths, resolve_round_to, show
 from prunegate.budget.memory import MemoryModel
 from prunegate.budget.mixing import Mixing
+from prunegate.budget.nested import Levels, smallest_of
 from prunegate.budget.projection import project
 from prunegate.budget.schedule import Schedule, ramp
 from prunegate.errors import BudgetError
@@ -43,7 +44,8 @@ class Budget:
     Args:
         gated: What ``prunegate.attach`` returned.
         flops: Share of the dense model's FLOPs in (0, 1], or an absolute number of 1000 or more; one multiply-add is
-            one FLOP, at the batch size of the example input.
+            one FLOP, at the batch size of the example input. A list of them makes one search for all: see
+            :meth:`mask_for`; the mask that it ends with is that of the smallest.
         params: The same for the number of parameters. At least one budget is needed, all of them hold.
         latency: Share of the dense model's latency in (0, 1], on the device where the model is.
         latency_ms: The same in milliseconds.
@@ -85,7 +87,7 @@ class Budget:
         64
     """
 
-    def __init__(self, gated: GatedModel, *, flops: float | None = None, params: float | None = None,
+    def __init__(self, gated: GatedModel, *, flops: float | Sequence[float] | None = None, params: float | None = None,
                  latency: float | None = None, latency_ms: float | None = None,
                  latency_table: LatencyTable | str | Path | None = None, memory_mb: float | None = None, steps: int,
                  tau: float | tuple[float, float] = 1.0, noise: float | tuple[float, float] = (0.3, 0.0),
@@ -118,6 +120,11 @@ class Budget:
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
         self._widths = make_widths(gated.groups, costs["params"], rounding, min_keep, max_keep, patterns)
+        flops, several = smallest_of("flops", flops, (params, latency, latency_ms, memory_mb))
+        self._levels = None
+        if several:
+            made = [make_limits({"flops": each}, costs, self._widths)[0] for each in several]
+            self._levels = Levels(made)
         asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms,
                  "memory_mb": memory_mb}  # fmt: skip
         self._limits = make_limits(asked, costs, self._widths)
@@ -175,6 +182,8 @@ class Budget:
                 self._start_search()
         elif self.phase == "search":
             self._move(gradient)
+        elif self._levels is not None and self._levels.masks:
+            self.gated.mask = self._levels.mask_of(self.step_count)
         if self.phase == "search" and self.step_count >= self.schedule.moving:
             self._settle()
         if self.step_count >= self.steps:
@@ -191,7 +200,27 @@ class Budget:
             self._start_search()
         if self.phase != "fixed" or self.selection is None:
             self._settle()
+        if self._levels is not None:
+            self.gated.mask = self._levels.masks[-1]
         self._finished = True
+
+    def mask_for(self, flops: float) -> Tensor:
+        """After a search for several budgets, the mask for any budget between the largest and the smallest.
+
+        Args:
+            flops: A share of the dense model's FLOPs, or an absolute number of 1000 or more.
+
+        Returns:
+            bool ``[n_gates]``; units that a smaller budget keeps, a larger one keeps too.
+
+        Raises:
+            BudgetError: The search was made for one budget, has not chosen yet, or does not reach so far.
+        """
+        if self._levels is None:
+            raise BudgetError(
+                "this search was made for one budget; a Budget(flops=[most, ..., least]) can be cut at any between"
+            )
+        return self._levels.mask_for(flops)
 
     # ------------------------------------------------------------------ what can be read
 
@@ -302,6 +331,7 @@ class Budget:
             "written": self._written,
             "shift": self._shift,
             "learner": self._learner.state_dict(),
+            "levels": None if self._levels is None else self._levels.state_dict(),
             "mixing": None if self._mixing is None else self._mixing.state_dict(),
             "mask": self._gates.fixed_mask.cpu().clone(),
             "draws": [] if self._gates.counter is None else self._gates.counter.tolist(),
@@ -326,6 +356,8 @@ class Budget:
                         "the same arguments on the same model"
                     )
             self._learner.load_state_dict(state["learner"])
+            if self._levels is not None:
+                self._levels.load_state_dict(state["levels"], self._widths)
             if self._mixing is not None:
                 self._mixing.load_state_dict(state["mixing"])
             self.schedule = Schedule.of(self.steps, score=state["scoring"] > 0)
@@ -423,7 +455,8 @@ class Budget:
     def _target_of(self, index: int) -> float:
         limit = self._limits[index]
         start = limit.cost.dense if self._mixing is None else float(limit.cost.expected(self._mixing.start))
-        return self.schedule.target(self.step_count, start, limit.most)
+        most = limit.most if self._levels is None else self._levels.most(self.step_count)
+        return self.schedule.target(self.step_count, start, most)
 
     def _hold(self) -> None:
         """Writes logits whose expected costs are on target, at the noise of the step to come."""
@@ -466,6 +499,19 @@ class Budget:
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
         self._written = self.gated.logits.detach().cpu().clone()
         self.gated.mask = self.selection.mask
+        if self._levels is not None:
+            self._levels.settle(self._scores_under, self._widths)
+            self.gated.mask = self._levels.masks[-1]
+
+    def _scores_under(self, limit: Limit) -> Tensor:
+        """Scores at the chances with which the search meets a limit."""
+        ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)
+        target = [(limit.cost, float(limit.most))]
+        found = project(ranks, target, self._scale(), self._widths, self._shift, self._mixing)
+        before, self._shift = self._shift, found.shift
+        scores = self._scores(found.logits)
+        self._shift = before
+        return scores
 
     def _add_point(self, memory: MemoryModel, mask: Tensor) -> bool:
         """Limits the point that has the mask's peak too, if it is above the budget; returns whether it is."""
@@ -475,7 +521,12 @@ class Budget:
             self._limits.append(Limit("memory", memory.cost(point), most))
         return peak > most
 
-    def _current_mask(self) -> Tensor:
+    def _current_mask(self, flops: float | None = None) -> Tensor:
+        if flops is not None:
+            return self.mask_for(flops).to(self.gated.logits.device)
+        return self._for_target()
+
+    def _for_target(self) -> Tensor:
         """The selection for the current target, by one threshold: what evaluation in the middle of a search sees."""
         logits = self.gated.logits
         key = (self.step_count, logits._version)
