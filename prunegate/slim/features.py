@@ -32,9 +32,9 @@ _OUTPUT_WIDTHS = ("out_features", "out_channels", "num_features")
 _FUSING = ("reparameterize", "fuse")
 """Methods that put one layer in the place of several branches (timm calls them so)."""
 _FUSED_BY: dict[str, tuple[Sequence[str], int]] = {
-    **dict.fromkeys(("in_chs", "in_channels", "dim"), (_INPUT_WIDTHS, 0)),
+    **dict.fromkeys(("in_chs", "in_channels", "dim"), ((*_INPUT_WIDTHS, "num_features", "groups"), 0)),
     **dict.fromkeys(("out_chs", "out_channels", "embed_dim"), (_OUTPUT_WIDTHS, -1)),
-    "groups": (("groups",), 0),
+    "groups": (("groups", "num_features"), 0),  # as many groups as a norm has channels: one each
 }
 """Attributes from which such a method makes its layer: the children's attributes that they equal, first or last."""
 
@@ -216,8 +216,8 @@ def _of_fusing(name: str, before: nn.Module, after: nn.Module) -> Iterator[Attri
         value = _kept_number(before, attribute)
         if value is None or read is None or attribute in read.co_names:
             continue
-        found = [new for old, new in _numbers(before, after, widths) if old == value]
-        if found and found[which] != value:
+        found = [new for old, new in _numbers(before, after, widths) if old == value != new]
+        if found:
             yield AttributeEdit(name, attribute, value, found[which])
 
 
