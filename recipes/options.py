@@ -160,6 +160,7 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--torchcompile", nargs="?", default=None, const="inductor", help="compile, with this backend")
     group.add_argument("-j", "--workers", type=int, default=4, help="processes that load data")
     group.add_argument("--pin-mem", action="store_true", help="pin memory of loaded batches")
+    group.add_argument("--log", nargs="*", default=[], help="also log to: tensorboard, wandb, mlflow")
     group.add_argument("--seed", type=int, default=42, help="of weights, data order, gates and the validation split")
     group.add_argument("--output", default="runs", metavar="DIR", help="where results go")
     group.add_argument("--experiment", default="", metavar="NAME", help="folder in --output; made up where left out")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from loggers import Logger, log_row
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -38,11 +39,13 @@ class RunLog:
 
     Attributes:
         rows: One dict of :data:`COLUMNS` for every epoch.
+        loggers: Where the numbers of every epoch go besides.
     """
 
     def __init__(self, folder: Path, primary: bool = True) -> None:
         self.console = Console(quiet=not primary)
         self.rows: list[dict[str, Any]] = []
+        self.loggers: list[Logger] = []
         self._path = folder / "summary.csv" if primary else None
 
     def batches(self, items: Iterable[Item], total: int, title: str, state: dict[str, float]) -> Iterator[Item]:
@@ -68,6 +71,7 @@ class RunLog:
         """Records one epoch: any of :data:`COLUMNS` but ``epoch``, which is counted here."""
         row = {name: values.get(name, "") for name in COLUMNS} | {"epoch": len(self.rows)}
         self.rows.append(row)
+        log_row(self.loggers, row)
         shown = {name: row[name] for name in COLUMNS if isinstance(row[name], float | int) and name != "epoch"}
         self.say(f"{row['phase']:<8} epoch {row['epoch']:<3} {_describe(shown)}")
         if self._path is not None:

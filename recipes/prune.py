@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from data import CLASSES, create_loaders, create_mixup
+from loggers import create_loggers
 from options import parse_args, write_args
 from plots import plot_curves, plot_kept
 from progress import RunLog
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[Path, nn.Module]:
         folder.mkdir(parents=True, exist_ok=True)
         write_args(args, folder / "args.yaml")
     log = RunLog(folder, primary)
+    log.loggers = create_loggers(args.log if primary else [], vars(args), folder)
 
     # ---------------------------------------------------------------- the model, and the data as the model wants it
     random_seed(args.seed)
@@ -133,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> tuple[Path, nn.Module]:
         write_report(measured, folder / "report.json")
         log.say(table(measured["dense"], measured["slim"], str(device)))
         log.say(f"results are in {folder}")
+    for logger in log.loggers:
+        logger.finish()
     if args.distributed:
         torch.distributed.destroy_process_group()
     return folder, slim
