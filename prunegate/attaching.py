@@ -46,7 +46,8 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
             and values with them where one tensor holds all three, not where heads come from a convolution; and
             ``"block"``, a branch that is added to a shortcut and that a mask may remove as a whole. Branches that
             share their code's line with others, or of which the code around their modules computes a part by itself,
-            are none. Costs in FLOPs and parameters know removed branches, predicted latency and memory do not.
+            are none. A predicted peak of memory does not know removed branches, and predicted latency and memory know
+            of a head's width only what its heads are.
         ignore: Shell-style patterns of qualified module or parameter names; units that these parameters are part of
             get no gate. A ``Choice`` that a pattern names keeps its first operator.
         paths: Which operators of a ``Choice`` run in a training step of a search. ``"single"``: the one that is drawn,

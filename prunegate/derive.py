@@ -16,7 +16,7 @@ from prunegate.labels.paths import is_active, paths_of_modules
 from prunegate.labels.record import Node
 from prunegate.labels.shapes import ShapesOnly
 from prunegate.labels.trace import Trace, call_model
-from prunegate.operators import chosen_by
+from prunegate.operators import add_choices, chosen_by
 from prunegate.plan import Chosen, Plan
 from prunegate.slim.choices import with_choices
 from prunegate.slim.derive import derive_plan
@@ -90,8 +90,8 @@ def removable_blocks(blocks: Sequence[Block], trace: Trace, groups: Sequence[Gro
         levels.setdefault(sum(id(block.call) in other.calls for other in blocks), []).append(block)
 
     def runs(some: Sequence[Block]) -> bool:
-        _, with_gates = add_blocks(groups, gate_map, some)
-        mask = torch.ones(with_gates.n_gates, dtype=torch.bool)
+        _, with_gates = add_choices(trace, *add_blocks(groups, gate_map, some))
+        mask = with_gates.start()
         mask[list(with_gates.blocks)] = False
         try:
             derive(trace, with_gates, mask, example_input)

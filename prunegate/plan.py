@@ -236,14 +236,15 @@ class Plan:
             (*self.removed, *after.removed),
         ).without_removed()
 
+    def removes(self, name: str) -> bool:
+        """Whether a module or tensor is one of those that are removed, or inside one."""
+        return any(name == module or name.startswith(f"{module}.") for module in self.removed)
+
     def without_removed(self) -> Plan:
         """The plan without what it says about the inside of modules that it removes."""
-
-        def inside(name: str) -> bool:
-            return any(name == module or name.startswith(f"{module}.") for module in self.removed)
-
         if not self.removed:
             return self
+        inside = self.removes
         removed = {name for name in self.removed if not any(name.startswith(f"{each}.") for each in self.removed)}
         return Plan(
             {name: shape for name, shape in self.dense.items() if not inside(name)},

@@ -59,6 +59,8 @@ def transfer_optimizer(optimizer: torch.optim.Optimizer, gated: GatedModel, slim
             if parameter is gated.logits:
                 continue
             name = names.get(id(parameter))
+            if name is not None and plan.removes(name):
+                continue
             if name is None or name not in targets:
                 raise PruneGateError(
                     f"the optimizer trains a tensor of shape {tuple(parameter.shape)} that is no parameter of the "

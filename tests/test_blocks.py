@@ -201,6 +201,41 @@ def test_a_slim_model_is_pruned_again() -> None:
     assert torch.equal(at_once(gated.example_input), twice(gated.example_input))
 
 
+def test_an_optimizer_is_carried_through_a_cut() -> None:
+    gated = hand_made()
+    optimizer = torch.optim.SGD(gated.parameters(), 0.1, momentum=0.9)
+    gated(gated.example_input).sum().backward()
+    optimizer.step()
+    slim = check(gated, closed(gated, *blocks_of(gated)))
+    moved = prunegate.transfer_optimizer(optimizer, gated, slim)
+    kept = {id(parameter) for group in moved.param_groups for parameter in group["params"]}
+    assert kept == {id(parameter) for parameter in slim.parameters()}
+
+
+def test_a_choice_beside_branches_keeps_both() -> None:
+    torch.manual_seed(0)
+    choice = prunegate.Choice([nn.Linear(6, 6), nn.Identity()])
+    model = nn.Sequential(nn.Linear(4, 6), choice, Nested(), nn.Linear(6, 2))
+    gated = attach(randomise(model).eval(), torch.randn(3, 4, dtype=torch.float64))
+    assert {block.replaced for block in gated.gate_map.blocks.values()} == {("2",), ("2.inner",)}
+    mask = gated.mask
+    mask[blocks_of(gated)] = False
+    check(gated, mask)
+    gated.choose({"1": "1"})
+    assert isinstance(check(gated, gated.mask)[2], nn.Identity)
+
+
+def test_predicted_latency_leaves_removed_branches_out() -> None:
+    torch.manual_seed(0)
+    gated = attach(Residual().eval(), torch.randn(3, 4), ("block",))
+    table = prunegate.LatencyTable.measure(gated)
+    table.overhead.clear()  # of a model so small that it is nearly all there is
+    polynomial, everything = table.polynomial(gated), closed(gated)
+    nothing = closed(gated, *blocks_of(gated))
+    assert polynomial.exact(nothing) < polynomial.exact(everything)
+    assert table.predict(gated, nothing) < table.predict(gated, everything)
+
+
 def test_masks_inside_a_removed_branch_are_free() -> None:
     """No layer of a branch that is gone needs to keep a unit; one that is there does."""
     gated = hand_made()

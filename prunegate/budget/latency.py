@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from prunegate.blocks import factors_of
 from prunegate.budget.limits import PICOSECONDS
 from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
@@ -263,7 +264,10 @@ class LatencyTable:
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         live = [operator.dense() if mask is None else operator.live(mask) for operator in operators]
-        return added + scale * sum(self._interpolate(o, sizes) for o, sizes in zip(operators, live, strict=True))
+        blocks = {} if mask is None else factors_of(gated.gate_map.blocks)[0]
+        runs = [all(bool(mask[gate]) for gate in blocks.get(id(each.op), ())) for each in operators]  # type: ignore[index]
+        known = zip(operators, live, runs, strict=True)
+        return added + scale * sum(self._interpolate(operator, sizes) for operator, sizes, there in known if there)
 
     def polynomial(self, gated: GatedModel) -> Polynomial:
         """The latency as a cost of the mask, in picoseconds: the non-negative fit of each operator's times.
@@ -276,6 +280,7 @@ class LatencyTable:
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         builder = PolynomialBuilder(gated.logits.numel())
         builder.add(round(added * PICOSECONDS), [])
+        blocks = factors_of(gated.gate_map.blocks)[0]
         fits: dict[str, list[tuple[tuple[int, ...], float]]] = {}
         for operator in operators:
             if operator.key not in fits:
@@ -283,7 +288,7 @@ class LatencyTable:
             for variables, milliseconds in fits[operator.key]:
                 whole = math.prod(operator.gates[v].numel() for v in variables)
                 coefficient = round(scale * milliseconds * PICOSECONDS / whole)
-                builder.add(coefficient, [operator.gates[v] for v in variables])
+                builder.add(coefficient, [operator.gates[v] for v in variables] + blocks.get(id(operator.op), []))
         return builder.build()
 
     def _known(self, gated: GatedModel) -> list[Operator]:
