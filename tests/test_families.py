@@ -1,6 +1,8 @@
 """All families of timm: unit counts by arithmetic, and the sweep of ``tools/coverage.py`` as a slow test."""
 
+import importlib
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import timm
 import torch
 
 import prunegate
+from tests.models import random_mask, randomise, relative_error
 from tools import coverage
 
 
@@ -105,6 +108,32 @@ def test_family(family: str) -> None:
     assert row.same_class
     assert row.effect >= 0.05
     assert row.prunable >= 0.6
+
+
+class InDouble(types.ModuleType):
+    """torch, for a module of code in which ``torch.float32`` is to mean float64."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(torch, name)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_models_with_float32_inside_are_exact_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and softmaxes compute in float32 whatever weights are in; told otherwise, only rounding is left."""
+    pytest.importorskip("transformers", reason="transformers is not a dependency; install it to run this test")
+    modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    monkeypatch.setattr(modeling, "torch", InDouble("torch"))
+    model, example = coverage.builders_of("transformers")[name]()
+    model = randomise(model).eval()
+    gated = prunegate.attach(model, example).eval()
+    for seed in range(3):
+        gated.mask = random_mask(gated, seed)
+        with torch.no_grad():
+            masked, dense = gated(example), model(example)
+            assert relative_error(masked, gated.export()(example)) <= 1e-8
+        assert relative_error(dense, masked) > 0.05
 
 
 @pytest.mark.slow

@@ -368,6 +368,16 @@ def torchvision_builders() -> Builders:
     builders = {name: classifier(name) for _, name in smallest.values()}
     for name in ("deeplabv3_mobilenet_v3_large", "fcn_resnet50", "lraspp_mobilenet_v3_large"):
         builders[name] = dense(name)
+
+    def backbone(name: str) -> Callable[[], tuple[nn.Module, Any]]:
+        def build() -> tuple[nn.Module, Any]:
+            detector = models.get_model(name, weights=None, weights_backbone=None)
+            return detector.backbone, torch.randn(1, 3, 224, 224, dtype=torch.float64)
+
+        return build
+
+    for name in ("retinanet_resnet50_fpn", "ssdlite320_mobilenet_v3_large"):
+        builders[f"backbone of {name}"] = backbone(name)
     return builders
 
 
