@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import Mixup, create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-__all__ = ["CLASSES", "create_loaders", "create_mixup", "split_off"]
+__all__ = ["CLASSES", "ArrayDataset", "create_loaders", "create_mixup", "read_named", "split_off"]
 
 CLASSES = {"digits": 10, "fashion-mnist": 10}
 """Number of classes of the data sets that this module reads itself."""
@@ -108,10 +108,9 @@ def create_loaders(args: argparse.Namespace, config: dict[str, Any], device: tor
     mode = "L" if config["input_size"][0] == 1 else "RGB"
 
     def split(name: str, training: bool = False) -> Dataset:
-        if args.dataset == "digits":
-            return _digits(name, mode)
-        if args.dataset == "fashion-mnist":
-            return _idx_folder(Path(args.data_dir or "."), name, mode)
+        own = read_named(args.dataset, args.data_dir, name, mode)
+        if own is not None:
+            return own
         return create_dataset(args.dataset, root=args.data_dir, split=name, is_training=training, input_img_mode=mode,
                               class_map=args.class_map, download=args.dataset_download, batch_size=args.batch_size,
                               seed=args.seed)  # fmt: skip
@@ -151,6 +150,20 @@ def create_mixup(args: argparse.Namespace) -> Mixup | None:
     return Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
                  switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
                  num_classes=args.num_classes)  # fmt: skip
+
+
+def read_named(dataset: str, folder: str | None, split: str, mode: str) -> ArrayDataset | None:
+    """A split of a data set in :data:`CLASSES`; ``None`` for any other name.
+
+    Args:
+        dataset: Its name.
+        folder: Where the files of Fashion-MNIST are.
+        split: ``"train"``, or any other name for the test split.
+        mode: ``"L"`` or ``"RGB"``.
+    """
+    if dataset == "digits":
+        return _digits(split, mode)
+    return _idx_folder(Path(folder or "."), split, mode) if dataset == "fashion-mnist" else None
 
 
 def _digits(split: str, mode: str) -> ArrayDataset:
