@@ -18,10 +18,10 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "inspect": ("inspecting", "show what can be pruned, what cannot and why, and what each part costs",
-                "prunegate inspect resnet50\n  prunegate inspect vit_tiny_patch16_224 --depth 3 --json"),
+                "prunegate inspect MODEL\n  prunegate inspect MODEL --depth 3 --json"),
     "prune": ("pruning", "cut a trained model to a budget by a score, without training",
-              "prunegate prune resnet50 --pretrained --flops 0.7 --data pictures/ --refit --out slim.safetensors\n"
-              "  prunegate prune resnet18 --checkpoint mine.pth --num-classes 10 --params 0.5 --hub FOLDER"),
+              "prunegate prune MODEL --pretrained --flops 0.7 --data pictures/ --refit --out slim.safetensors\n"
+              "  prunegate prune MODEL --checkpoint mine.pth --num-classes 10 --params 0.5 --hub FOLDER"),
     "export": ("exporting", "write a model as ONNX, torch.export or int8, and run what was written",
                "prunegate export slim.safetensors --to onnx pt2 --check --bench\n"
                "  prunegate export slim.safetensors --to int8 --data pictures/"),
