@@ -1,6 +1,6 @@
 """Draws what the sampler promises: hard samples follow softmax at any temperature, soft ones approach them as it falls.
 
-    python tools/plot_frequencies.py --output assets/frequencies.svg
+    python tools/plot_frequencies.py --output tools/pictures/frequencies.svg
 
 Left: how often each of six categories is drawn at several temperatures, with intervals of three standard errors,
 beside softmax of the logits. Right: the mean of the relaxed samples, which softmax is only near to at low
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=100_000, help="draws at each temperature (default 100000)")
-    parser.add_argument("--output", type=Path, default=Path("assets/frequencies.svg"), help="SVG or PNG to write")
+    parser.add_argument("--output", type=Path, default=Path("tools/pictures/frequencies.svg"), help="SVG or PNG to write")
     options = parser.parse_args(argv)
     # Text stays text and identifiers do not change from run to run, so that the file is small and comparable.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frequencies"})
