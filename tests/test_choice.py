@@ -456,6 +456,37 @@ def test_budgets_out_of_reach_name_what_the_cheapest_path_costs() -> None:
         assert most == max(costs) or gated.cost.flops(gated.mask) == most
 
 
+def test_latency_knows_which_operators_run() -> None:
+    model, x = made()
+    model, x = model.float(), x.float()
+    gated = prunegate.attach(model, x)
+
+    def timer(function: Any, args: Any, kwargs: Any, *rest: Any) -> float:
+        return 1.0 + sum(arg.numel() for arg in args if isinstance(arg, Tensor)) / 1000
+
+    table = prunegate.LatencyTable.measure(gated, timer)
+    cost = table.polynomial(gated)
+    for chosen in architectures()[::5]:
+        gated.choose(chosen)
+        slim = prunegate.attach(gated.export(), x)
+        own = prunegate.LatencyTable.measure(slim, timer)
+        assert table.predict(gated, gated.mask) == pytest.approx(own.predict(slim))
+        assert cost.exact(gated.mask) / 1e9 == pytest.approx(own.predict(slim), rel=0.05)
+    first = {name: options[0] for name, options in OPTIONS.items()}
+    gated.choose(first)
+    assert cost.dense == cost.exact(gated.mask)
+    assert table.predict(gated) == table.predict(gated, gated.mask)
+    gated.mask = None
+    budget = prunegate.Budget(gated, latency=0.7, latency_table=table, steps=10)
+    budget.finish()
+    assert cost.exact(gated.mask) <= 0.7 * cost.dense
+
+
+def test_memory_budget_with_choices_is_refused() -> None:
+    with pytest.raises(prunegate.BudgetError, match="choices of operators"):
+        prunegate.Budget(prunegate.attach(*made()), memory_mb=1.0, steps=10)
+
+
 def test_budget_can_hold_a_choice_at_its_first_operator() -> None:
     model, x = made()
     gated = prunegate.attach(model, x, units=())

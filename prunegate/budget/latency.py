@@ -31,8 +31,10 @@ from prunegate.budget.limits import PICOSECONDS
 from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
 from prunegate.groups import ALWAYS
+from prunegate.labels.paths import ALL
 from prunegate.labels.record import Node, Op, nodes_in
 from prunegate.labels.trace import call_model
+from prunegate.operators import ONE_OF, PathLengths
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
 __all__ = ["LatencyTable", "Operator", "find_operators", "time_call"]
@@ -58,12 +60,18 @@ class Operator:
         op: The recorded operation.
         gates: For each changing dimension that differs from the others, the gate of each position.
         places: (tensor number, dimension) to the number of the changing dimension.
+        there: Of an operation inside operators of choices, their gates: it runs where all are open.
     """
 
     key: str
     op: Op
     gates: list[Tensor] = field(default_factory=list)
     places: dict[tuple[int, int], int] = field(default_factory=dict)
+    there: list[Tensor] = field(default_factory=list)
+
+    def runs(self, mask: Tensor) -> bool:
+        """Whether it runs under a mask."""
+        return all(bool(mask[gate].all()) for gate in self.there)
 
     def dense(self) -> list[int]:
         """Dense sizes of the changing dimensions."""
@@ -117,11 +125,16 @@ def _follow(op: Op, args: list[Any], shapes: list[list[int]]) -> list[Any]:
 def find_operators(gated: GatedModel) -> list[Operator]:
     """The operations of the traced forward that take time, in order."""
     found = []
+    paths = PathLengths(gated.trace, gated.gate_map)
     for op in gated.trace.ops:
+        if any(index == ALL for _, index in op.path):
+            continue  # adds up what operators give; only the trace runs several
         nodes = list(nodes_in((op.args, op.kwargs)))
         if not nodes or op.func.is_view or op.name in _FREE:  # type: ignore[attr-defined]
             continue
-        found.append(_operator(gated, op, nodes))
+        operator = _operator(gated, op, nodes)
+        operator.there = paths.of(op.path)
+        found.append(operator)
     return found
 
 
@@ -244,10 +257,9 @@ class LatencyTable:
                 break
             measured.append((mask, time_call(call_model, (cut, gated.example_input), {}, 1.0, 10)))
         wholes = np.array([whole for _, whole in measured])
-        sums = np.array([
-            sum(self._interpolate(o, o.dense() if mask is None else o.live(mask)) for o in operators)
-            for mask, _ in measured
-        ])  # fmt: skip
+        start = gated.gate_map.start()
+        masks = [start if mask is None else mask.cpu() for mask, _ in measured]
+        sums = np.array([sum(self._interpolate(o, o.live(mask)) for o in operators if o.runs(mask)) for mask in masks])
         columns = np.stack([np.ones_like(sums), sums], axis=1)
         added, scale = _non_negative_least_squares(columns / wholes[:, None], np.ones_like(wholes))
         if len(measured) == 1:
@@ -265,7 +277,10 @@ class LatencyTable:
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         live = [operator.dense() if mask is None else operator.live(mask) for operator in operators]
         blocks = {} if mask is None else factors_of(gated.gate_map.blocks)[0]
-        runs = [all(bool(mask[gate]) for gate in blocks.get(id(each.op), ())) for each in operators]  # type: ignore[index]
+        there = gated.gate_map.start() if mask is None else mask.cpu()
+        runs = [
+            each.runs(there) and all(bool(there[gate]) for gate in blocks.get(id(each.op), ())) for each in operators
+        ]
         known = zip(operators, live, runs, strict=True)
         return added + scale * sum(self._interpolate(operator, sizes) for operator, sizes, there in known if there)
 
@@ -278,7 +293,7 @@ class LatencyTable:
         self.check(gated.logits.device)
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
-        builder = PolynomialBuilder(gated.logits.numel())
+        builder = PolynomialBuilder(gated.logits.numel(), gated.gate_map.start())
         builder.add(round(added * PICOSECONDS), [])
         blocks = factors_of(gated.gate_map.blocks)[0]
         fits: dict[str, list[tuple[tuple[int, ...], float]]] = {}
@@ -288,7 +303,7 @@ class LatencyTable:
             for variables, milliseconds in fits[operator.key]:
                 whole = math.prod(operator.gates[v].numel() for v in variables)
                 coefficient = round(scale * milliseconds * PICOSECONDS / whole)
-                builder.add(coefficient, [operator.gates[v] for v in variables] + blocks.get(id(operator.op), []))
+                builder.add(coefficient, [operator.gates[v] for v in variables] + operator.there + blocks.get(id(operator.op), []))
         return builder.build()
 
     def _known(self, gated: GatedModel) -> list[Operator]:
@@ -369,7 +384,7 @@ def _share_of_every_group(gated: GatedModel, share: float) -> Tensor:
     """A mask that keeps the same share of every group, at odd widths as a search would."""
     mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
     for group in gated.groups:
-        kept = max(1, round(share * group.size) - (group.size >= 4 * _BLOCK))
+        kept = max(1, round(share * group.size) - (group.size >= 4 * _BLOCK)) if group.kind != ONE_OF else 1
         mask[group.slice.start : group.slice.start + kept] = True
     return mask
 

@@ -40,6 +40,11 @@ class MemoryModel:
     """
 
     def __init__(self, gated: GatedModel) -> None:
+        if gated.gate_map.choices:
+            raise BudgetError(
+                "memory_mb= cannot be used with a model that has choices of operators: what is held together depends "
+                "on which of them run. Use flops=, params= or latency="
+            )
         self._gated = gated
         spans = _observe(gated)
         last = len(gated.trace.ops)
