@@ -303,7 +303,8 @@ class LatencyTable:
             for variables, milliseconds in fits[operator.key]:
                 whole = math.prod(operator.gates[v].numel() for v in variables)
                 coefficient = round(scale * milliseconds * PICOSECONDS / whole)
-                builder.add(coefficient, [operator.gates[v] for v in variables] + operator.there + blocks.get(id(operator.op), []))
+                there = operator.there + blocks.get(id(operator.op), [])
+                builder.add(coefficient, [operator.gates[v] for v in variables] + there)
         return builder.build()
 
     def _known(self, gated: GatedModel) -> list[Operator]:
