@@ -9,7 +9,10 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
-__all__ = ["parse_args", "write_args"]
+__all__ = ["BUDGETS", "parse_args", "write_args"]
+
+BUDGETS = ("flops", "params", "latency", "latency_ms", "memory_mb")
+"""Arguments that are handed to ``prunegate.Budget`` by the same names."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,20 +23,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("-c", "--config", metavar="FILE", help="args.yaml of an earlier run: its values are defaults")
+    first.add_argument("--resume", metavar="DIR", help="folder of a run that was stopped: it goes on where its newest "
+                       "state was saved, with the arguments it had")  # fmt: skip
     given, rest = first.parse_known_args(argv)
     parser = _parser(first)
+    if given.resume:
+        given.config = given.config or str(Path(given.resume, "args.yaml"))
+        if not Path(given.config).is_file():
+            parser.error(f"--resume {given.resume}: there is no {given.config}; name the folder of a run")
     if given.config:
         parser.set_defaults(**yaml.safe_load(Path(given.config).read_text()))
     args = parser.parse_args(rest)
-    if args.flops is None and args.params is None:
+    args.resume = given.resume
+    # YAML knows no tuples and sorts; a model that is made from a file must be made as it was from the command line.
+    args.model_kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in sorted(args.model_kwargs.items())}
+    if all(getattr(args, name) is None for name in BUDGETS):
         args.flops = 0.5
+    if args.resume:
+        args.output, args.experiment = str(Path(args.resume).parent), Path(args.resume).name
     args.validation_batch_size = args.validation_batch_size or args.batch_size
     return args
 
 
 def write_args(args: argparse.Namespace, path: Path) -> None:
     """Writes the arguments so that ``--config`` reads them back."""
-    plain = {key: value for key, value in vars(args).items() if isinstance(value, (*_PLAIN, type(None)))}
+    given = {key: value for key, value in vars(args).items() if key != "resume"}
+    plain = {key: value for key, value in given.items() if isinstance(value, (*_PLAIN, type(None)))}
     path.write_text(yaml.safe_dump(plain, sort_keys=True))
 
 
@@ -56,10 +71,18 @@ def _parser(first: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
+def _rounding(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _add_pruning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--flops", type=float, help="budget: share of the dense FLOPs, or an absolute number")
     group.add_argument("--params", type=float, help="budget: share of the dense parameters, or an absolute number")
-    group.add_argument("--round-to", type=int, default=1, help="make kept widths a multiple of this")
+    group.add_argument("--latency", type=float, help="budget: share of the dense latency, measured on --device")
+    group.add_argument("--latency-ms", type=float, help="budget: the same in milliseconds")
+    group.add_argument("--memory-mb", type=float, help="budget: peak memory of a forward, in 2**20 bytes")
+    group.add_argument("--round-to", type=_rounding, default=1, help="make kept widths a multiple of this; auto: what "
+                       "the device likes")  # fmt: skip
     group.add_argument("--units", nargs="+", default=["channel", "head"], help="kinds of units to prune")
     group.add_argument("--ignore", nargs="*", default=[], help="patterns of module or parameter names to leave whole")
     group.add_argument("--dense-epochs", type=int, default=0, help="epochs of training before the search")
@@ -162,5 +185,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--pin-mem", action="store_true", help="pin memory of loaded batches")
     group.add_argument("--log", nargs="*", default=[], help="also log to: tensorboard, wandb, mlflow")
     group.add_argument("--seed", type=int, default=42, help="of weights, data order, gates and the validation split")
+    group.add_argument("--recovery-interval", type=int, default=0, metavar="N", help="save the state every N updates "
+                       "too, not only at the end of an epoch")  # fmt: skip
+    group.add_argument("--checkpoint-hist", type=int, default=2, metavar="N", help="states that are kept")
     group.add_argument("--output", default="runs", metavar="DIR", help="where results go")
     group.add_argument("--experiment", default="", metavar="NAME", help="folder in --output; made up where left out")

@@ -67,6 +67,15 @@ class RunLog:
                 yield item
                 progress.update(bar, advance=1, state=_describe(state))
 
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Goes on behind the epochs of a saved run; what the file has beyond them is dropped."""
+        self.rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+        if self._path is not None:
+            with self._path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
     def epoch(self, **values: Any) -> None:
         """Records one epoch: any of :data:`COLUMNS` but ``epoch``, which is counted here."""
         row = {name: values.get(name, "") for name in COLUMNS} | {"epoch": len(self.rows)}
