@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import budgets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 import prunegate
 from prunegate.budget.nested import Levels
 from tests.models import relative_error
+from tools import pareto
 
 LEVELS = (0.7, 0.5, 0.3)
 
@@ -163,3 +167,28 @@ def test_wrong_use_is_refused() -> None:
     single = prunegate.Budget(prunegate.attach(Net(), torch.zeros(1, 1, 12, 12)), flops=0.5, steps=10)
     with pytest.raises(prunegate.BudgetError, match="made for one budget"):
         single.mask_for(0.5)
+
+
+def test_recipe_compares_with_a_search_for_each_budget_and_the_front_is_drawn(tmp_path: Path) -> None:
+    results = budgets.main(["--flops", "0.5", "0.3", "--between", "0.4", "--dense-steps", "4", "--steps", "10",
+                            "--seeds", "0", "--output", str(tmp_path)])  # fmt: skip
+    ways = [(each["method"], each["share"]) for each in results]
+    assert ways == [("dense", 1.0), *(("one search for all", share) for share in (0.5, 0.4, 0.3)),
+                    ("a search for each", 0.5), ("a search for each", 0.3)]  # fmt: skip
+    dense = results[0]["flops"]
+    assert all(each["flops"] <= each["share"] * dense for each in results)
+    picture = tmp_path / "pareto.png"
+    assert pareto.main([str(tmp_path / "budgets.json"), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_front_keeps_what_no_other_point_beats() -> None:
+    points = [(3.0, 60.0), (1.0, 50.0), (2.0, 40.0), (1.0, 45.0), (4.0, 60.0)]
+    assert pareto.front(points) == [(1.0, 50.0), (3.0, 60.0)]
+
+
+def test_front_of_files_that_are_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("not json", "{}", '[{"method": "a", "top1": 1}]', "[]"):
+        (tmp_path / "x.json").write_text(text)
+        assert pareto.main([str(tmp_path / "x.json"), "--out", str(tmp_path / "p.png")]) == 2
+        assert "pareto:" in capsys.readouterr().err
