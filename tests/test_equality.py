@@ -68,11 +68,12 @@ TEN = (
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", TEN)
-def test_networks_against_the_oracle(name: str) -> None:
+def test_networks_against_the_oracle(name: str, train: bool) -> None:
     model = build(name)
     example = torch.randn(2, *model.pretrained_cfg["input_size"], dtype=torch.float64)
-    check_against_the_oracle(model, example, train=False)
+    check_against_the_oracle(model, example, train)
 
 
 def check_against_the_oracle(model: torch.nn.Module, example: torch.Tensor, train: bool) -> None:
@@ -104,7 +105,8 @@ def check_against_the_oracle(model: torch.nn.Module, example: torch.Tensor, trai
 
 
 def frozen_statistics(model: torch.nn.Module) -> None:
-    """Batch statistics of removed channels are nobody's business; the running ones are compared elsewhere."""
+    """Batch statistics of removed channels are nobody's business; nothing is dropped at random."""
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) or hasattr(module, "drop_prob")
+        if drops or isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()

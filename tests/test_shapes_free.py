@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -15,7 +14,6 @@ from tools import coverage, shapes_free
 FAST = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_byobnet", "test_nfnet")
 # Their forwards compute sizes that follow from a head's width or a group's, so some of them are edited.
 EDITED = ("GroupedQueries", "TalkingHeads", "ConditionalWeights", "RotaryBeforeHeads")
-NAMES = [family for family in timm.list_modules() if timm.list_models(module=family)]
 
 
 def cut(model: nn.Module, example: object, seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -110,7 +108,7 @@ def test_compiled_and_exported(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", coverage.families())
 def test_family(family: str) -> None:
     row = coverage.work(("free", family, ""))
     assert not row.failure

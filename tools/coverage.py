@@ -268,6 +268,16 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
 # ---------------------------------------------------------------------- which models
 
 
+def families() -> list[str]:
+    """The modules of timm that register models; others may register with timm as well."""
+    own = []
+    for family in timm.list_modules():
+        models = timm.list_models(module=family)
+        if models and timm.model_entrypoint(models[0]).__module__.startswith("timm."):
+            own.append(family)
+    return own
+
+
 def smallest_of_family(family: str) -> str:
     """The model with fewest parameters among those that a timm module registers."""
     def parameters(name: str) -> float:
@@ -306,9 +316,9 @@ def build_timm(name: str, large: float = LARGE, **arguments: Any) -> tuple[nn.Mo
 def timm_rows(pattern: str) -> Iterator[tuple[str, str]]:
     """(family, model) pairs: every architecture, the smallest of each family, or those that match."""
     if pattern == "families":
-        yield from ((family, "") for family in timm.list_modules() if timm.list_models(module=family))
+        yield from ((family, "") for family in families())
         return
-    for family in timm.list_modules():
+    for family in families():
         for name in timm.list_models(module=family):
             if pattern == "all" or fnmatch.fnmatch(name, pattern):
                 yield family, name
