@@ -155,6 +155,7 @@ def test_the_slim_model_trains() -> None:
     """The rectifier after a removed sum writes in place; what came before it must not be overwritten."""
     gated = hand_made()
     slim = check(gated, closed(gated, *blocks_of(gated))).train()
+    assert isinstance(slim.c, nn.Identity)
     slim(gated.example_input).square().sum().backward()
     assert all(parameter.grad is not None for parameter in slim.parameters())
 

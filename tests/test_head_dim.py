@@ -158,7 +158,8 @@ def test_masked_forward_and_gradient_against_the_oracle(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "heads", "positions"), [
-    ("deit_tiny_patch16_224", 36, 12 * 64),
+    ("test_vit", 12, 6 * 32),
+    pytest.param("deit_tiny_patch16_224", 36, 12 * 64, marks=pytest.mark.slow),
     pytest.param("vit_tiny_patch16_224", 36, 12 * 64, marks=pytest.mark.slow),
     pytest.param("swin_tiny_patch4_window7_224", 138, 12 * 32, marks=pytest.mark.slow),
     pytest.param("beit_base_patch16_224", 144, 12 * 64, marks=pytest.mark.slow),
