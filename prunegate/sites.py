@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,23 +172,31 @@ class _Origins:
     """
 
     def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    @functools.cached_property
+    def _born(self) -> tuple[list[tuple[str, int]], Tensor]:
+        """Each (parameter, dimension) and the first of the labels it was born with, in order of these."""
         first: list[tuple[int, tuple[str, int]]] = []
-        for name, node in trace.tensors.items():
+        for name, node in self._trace.tensors.items():
             for plane in node.planes:
                 first.append((int(plane[plane > FROZEN].min()), (name, next(iter(varying(plane))))))
         first.sort()
-        self._keys = [key for _, key in first]
-        self._starts = torch.tensor([start for start, _ in first])
+        return [key for _, key in first], torch.tensor([start for start, _ in first])
 
     def of(self, node: Node, dims: frozenset[int]) -> list[int]:
         """Dimensions of ``node.source`` that the contracted dimensions ``dims`` of ``node`` came from."""
         assert node.source is not None
-        found = set()
+        found: set[int] = set()
         for plane in node.planes:
-            if varying(plane) and varying(plane) <= dims:
-                own = plane[plane > FROZEN]
-                owners = torch.unique(torch.bucketize(own, self._starts, right=True) - 1).tolist()
-                found |= {self._keys[at][1] for at in owners if self._keys[at][0] == node.source.name}
+            own_dims = varying(plane)
+            if own_dims and own_dims <= dims:
+                if node is node.source:
+                    found |= own_dims
+                    continue
+                keys, starts = self._born
+                owners = torch.unique(torch.bucketize(plane[plane > FROZEN], starts, right=True) - 1).tolist()
+                found |= {keys[at][1] for at in owners if keys[at][0] == node.source.name}
         return sorted(found)
 
 
