@@ -107,14 +107,19 @@ def load(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module
         plan = Plan.from_json(document["plan"])
         _check_sizes(plan, tensors)
         model = _assembled(document, plan, tensors, allow)
+        config = document["pretrained_cfg"]
+        if isinstance(config, dict) and isinstance(getattr(model, "pretrained_cfg", None), dict):
+            own: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+            own.update(_tuples(config))
     except PlanError as error:
         raise CheckpointError(f"{path}: {error} ({_differences(document)})") from error
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error} ({_differences(document)})") from error
-    config = document["pretrained_cfg"]
-    if isinstance(config, dict) and isinstance(getattr(model, "pretrained_cfg", None), dict):
-        own: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-        own.update(_tuples(config))
+    except Exception as error:  # what a file can make of the library's own code has no end
+        raise CheckpointError(
+            f"{path} does not describe a model that can be built here: {type(error).__name__}: {str(error)[:300]} "
+            f"({_differences(document)})"
+        ) from error
     return model.train(document["training"])
 
 
@@ -289,7 +294,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it was truncated or altered, or is of another kind"
         ) from error
-    if _digest(document, tensors) != document["digest"]:
+    try:
+        digest = _digest(document, tensors)
+    except (RecursionError, ValueError) as error:
+        raise CheckpointError(f"{path}: its metadata is nested too deeply or odd ({error}); it was altered") from None
+    if digest != document["digest"]:
         raise CheckpointError(f"{path} was altered after it was saved: its checksum does not match")
     return document, tensors
 
@@ -363,9 +372,11 @@ def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tenso
     aliases = {str(name): str(first) for name, first in document["aliases"].items()}
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     model = _skeleton(document, plan, allow, [*shapes, *(() for _ in aliases)])
-    fixed, channels_last = set(document["fixed"]), set(document["channels_last"])
+    fixed, channels_last = (set(map(str, document[key])) for key in ("fixed", "channels_last"))
     values: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
+        if name in channels_last and tensor.dim() != 4:
+            raise CheckpointError(f"the file says that {name!r} of shape {tuple(tensor.shape)} is in channels_last")
         values[name] = tensor.clone(memory_format=torch.channels_last) if name in channels_last else tensor
     _assign(model, values, aliases, fixed)
     return model
