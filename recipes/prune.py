@@ -89,9 +89,11 @@ def prune(args: argparse.Namespace, interrupt: Interrupt) -> tuple[Path, nn.Modu
     log.loggers = create_loggers(args.log if primary else [], vars(args), folder)
     keeper = Keeper(folder / "state", args.checkpoint_hist, primary)
     saved = keeper.latest() if args.resume else None
-    reached = -1 if saved is None else PHASES.index(saved["phase"])
+    reached = -1
     if saved is not None:
-        log.restore(saved["rows"])
+        with restoring("the phase and the rows"):
+            reached = PHASES.index(saved["phase"])
+            log.restore(saved["rows"])
         log.say(f"going on from {keeper.last}")
 
     # ---------------------------------------------------------------- the model, and the data as the model wants it
@@ -264,7 +266,7 @@ def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved:
             for one, part in ((ema and ema.module, "ema"), (scaler, "scaler"), (budget, "budget")):
                 if one is not None:
                     one.load_state_dict(saved[part])
-        restore_random(saved["random"], args.rank, device)
+            restore_random(saved["random"], args.rank, device)
 
     for epoch in range(at["epoch"], epochs):
         task.train()

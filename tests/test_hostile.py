@@ -193,7 +193,7 @@ class Target:
         with state.restoring("the head"):
             head.load_state_dict(found["model"])
             optimizer.load_state_dict(found["optimizer"])
-        state.restore_random(found["random"], 0, torch.device("cpu"))
+            state.restore_random(found["random"], 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
