@@ -136,6 +136,13 @@ def _one_shot(score: str, cell: Cell) -> nn.Module:
     return prunegate.one_shot(gated, score=initial_ranks(scores, widths).exp(), flops=cell.share)
 
 
+def _refitted(cell: Cell) -> nn.Module:
+    """One-shot, with its consumers fitted to the dense outputs in closed form, and batch norms re-estimated."""
+    slim = _one_shot("combined", cell)
+    prunegate.refit(slim, cell.dense, cell.scoring())
+    return slim
+
+
 def _peer(method: Callable[..., nn.Module], options: dict[str, bool], cell: Cell) -> nn.Module:
     return method(cell.dense, cell.example, cell.most, cell.scoring(), **options)
 
@@ -148,6 +155,7 @@ _CUTS: dict[str, Cut] = {
     "kirigami taylor": partial(_peer, kirigami, {"taylor": True}),
     "kirigami magnitude": partial(_peer, kirigami, {"taylor": False}),
     **{f"one-shot {score}": partial(_one_shot, score) for score in ("combined", "taylor", "magnitude", "random")},
+    "one-shot combined, refit": _refitted,
 }
 
 METHODS: dict[str, Callable[[Cell], Outcome]] = {
