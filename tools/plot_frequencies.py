@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=100_000, help="draws at each temperature (default 100000)")
-    parser.add_argument("--output", type=Path, default=Path("tools/pictures/frequencies.svg"), help="SVG or PNG to write")
+    parser.add_argument("--output", type=Path, default=Path("tools/pictures/frequencies.svg"), help="SVG or PNG")
     options = parser.parse_args(argv)
     # Text stays text and identifiers do not change from run to run, so that the file is small and comparable.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "frequencies"})
