@@ -37,6 +37,8 @@ test-all: $(DEV) $(BENCH)
 bench: $(BENCH)
 	$(BIN)/python tools/bench_attach.py
 	$(BIN)/python tools/bench_gumbel.py
+	$(BIN)/python tools/bench_step.py
+	$(BIN)/python tools/bench_speed.py
 
 coverage: $(DEV)
 	$(BIN)/python tools/coverage.py --timm families --jobs $(WORKERS) --output runs/coverage

@@ -40,4 +40,4 @@ def test_the_picture_is_written_and_small(tool, tmp_path: Path, capsys: pytest.C
     assert b"softmax" in written
     assert len(written) < 100_000
     assert "standard errors" in capsys.readouterr().out
-    assert (ROOT / "assets" / "frequencies.svg").stat().st_size < 100_000
+    assert (ROOT / "tools" / "pictures" / "frequencies.svg").stat().st_size < 100_000
