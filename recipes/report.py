@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 import prunegate
+from prunegate.cli.timing import latencies
 
 __all__ = ["Measured", "latencies", "measure", "table", "write_report"]
 
@@ -59,33 +58,6 @@ def measure(models: Mapping[str, nn.Module], top1: Mapping[str, float], files: M
         )
         for name, model in models.items()
     }
-
-
-@torch.inference_mode()
-def latencies(models: Mapping[str, nn.Module], inputs: torch.Tensor, seconds: float = 2.0) -> dict[str, float]:
-    """Median milliseconds of one forward of each model, one run of each in turn.
-
-    Args:
-        models: By name; put into eval mode.
-        inputs: What they run on.
-        seconds: How long to go on, at least; never less than nine rounds.
-    """
-    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
-    for model in models.values():
-        model.eval()
-        for _ in range(3):
-            model(inputs)
-    found: dict[str, list[float]] = {name: [] for name in models}
-    started, rounds = time.perf_counter(), 0
-    while rounds < 9 or time.perf_counter() - started < seconds:
-        for name, model in models.items():
-            wait()
-            before = time.perf_counter()
-            model(inputs)
-            wait()
-            found[name].append((time.perf_counter() - before) * 1e3)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def table(dense: Measured, slim: Measured, device: str) -> Table:

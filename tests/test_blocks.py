@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import prunegate
 from prunegate.errors import MaskError
 from prunegate.gated import GatedModel
+from prunegate.groups import GateMap
 from prunegate.labels.trace import call_model
 from prunegate.plan import Plan
 from prunegate.slim.apply import plan_of
@@ -235,6 +237,14 @@ def test_predicted_latency_leaves_removed_branches_out() -> None:
     nothing = closed(gated, *blocks_of(gated))
     assert polynomial.exact(nothing) < polynomial.exact(everything)
     assert table.predict(gated, nothing) < table.predict(gated, everything)
+
+
+def test_a_branch_is_worth_what_goes_with_it() -> None:
+    branch = SimpleNamespace(tensors={"branch.weight"}, call=object(), calls=frozenset())
+    dims = {("branch.weight", 0): torch.tensor([0, 2]), ("other.weight", 0): torch.tensor([1])}
+    gate_map = GateMap(torch.zeros(1, dtype=torch.int64), dims, 4, blocks={3: branch})  # type: ignore[dict-item]
+    worth = gate_map.worth(torch.tensor([0.5, 0.25, 2.0, 0.1]))
+    torch.testing.assert_close(worth, torch.tensor([0.5, 0.25, 2.0, 0.1 * (1 + 0.5 + 2.0)]))
 
 
 def test_masks_inside_a_removed_branch_are_free() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,20 +51,29 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def latencies(models: dict[str, nn.Module], inputs: Tensor, seconds: float) -> dict[str, float]:
-    """Median milliseconds of one forward of each model, one run of each in turn, at least nine."""
+def latencies(models: Mapping[str, nn.Module], inputs: Tensor, seconds: float = 2.0) -> dict[str, float]:
+    """Median milliseconds of one forward of each model, one run of each in turn.
+
+    Args:
+        models: By name; put into eval mode.
+        inputs: What they run on.
+        seconds: How long to go on, at least; never less than nine rounds.
+    """
     wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
     for model in models.values():
-        model.eval()(inputs)
+        model.eval()
+        for _ in range(3):
+            model(inputs)
     found: dict[str, list[float]] = {name: [] for name in models}
-    started = time.perf_counter()
-    while len(found["slim"]) < 9 or time.perf_counter() - started < seconds:
+    started, rounds = time.perf_counter(), 0
+    while rounds < 9 or time.perf_counter() - started < seconds:
         for name, model in models.items():
             wait()
             before = time.perf_counter()
             model(inputs)
             wait()
             found[name].append((time.perf_counter() - before) * 1e3)
+        rounds += 1
     return {name: statistics.median(values) for name, values in found.items()}
 
 
