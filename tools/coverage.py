@@ -9,6 +9,7 @@ Examples:
     python tools/coverage.py --timm families --jobs 2 --output runs/coverage
     python tools/coverage.py --timm "convnext*"
     python tools/coverage.py --timm all --shapes --jobs 2 --output runs/architectures
+    python tools/coverage.py --timm all --shapes --jobs 2 --output runs/architectures --resume
     python tools/coverage.py --timm families --shapes-free --jobs 2 --output runs/shapes_free
     python tools/coverage.py --torchvision --transformers
     python tools/coverage.py --readme README.md --from runs/coverage/coverage.json runs/others/coverage.json
@@ -510,6 +511,12 @@ def freedom(rows: list[Row]) -> str:
     return "\n".join([*lines, "", *(f"{row.model}: {row.failure}" for row in rows if row.failure), ""])
 
 
+def earlier(folder: Path) -> list[Row]:
+    """What a sweep that was cut off found."""
+    file = folder / "coverage.json"
+    return [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
+
+
 def write_support(readme: Path, files: list[Path]) -> None:
     """Rewrites the README's table of what is supported from files that sweeps wrote."""
     rows = [Row(**row) for file in files for row in json.loads(file.read_text())]
@@ -546,6 +553,7 @@ def main() -> int:
     parser.add_argument("--ultralytics", action="store_true", help="YOLOv8n and YOLO11n (needs ultralytics)")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes, one thread each (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for coverage.json and coverage.md")
+    parser.add_argument("--resume", action="store_true", help="keep the models that --output has, run the others")
     args = parser.parse_args()
     if args.readme:
         if not args.sources:
@@ -559,10 +567,17 @@ def main() -> int:
     for source in SOURCES:
         if getattr(args, source):
             tasks += [(source, source, name) for name in builders_of(source)]
+    if args.resume and not args.output:
+        parser.error("--resume needs --output, the folder of the sweep that was cut off")
     if not tasks:
         parser.error("nothing to do: give --timm (families, all or a pattern) or another package's flag")
 
     console, rows = Console(), []
+    if args.resume:
+        rows = earlier(args.output)
+        done = {(row.family, row.model) for row in rows}
+        tasks = [task for task in tasks if (task[1], task[2] or smallest_of_family(task[1])) not in done]
+        console.print(f"{len(rows)} models were done before, {len(tasks)} are left", highlight=False)
     # Workers are replaced now and then: a process that has built many models does not give its memory back.
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool:
         for row in pool.imap_unordered(work, tasks):
