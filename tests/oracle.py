@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+import prunegate
 from prunegate.labels.record import Node, nodes_in
 from prunegate.labels.trace import QUIET, Trace, call_model
 from prunegate.tensors import tensor_caches
+from tests.models import outputs, random_mask, relative_error
 
 # Position of the activation operand and its summed dimension, by the call's name.
 _SUMMED = {
@@ -187,3 +189,53 @@ def masked_outputs(model: torch.nn.Module, inputs: Any, trace: Trace, of_label: 
         cache.clear()
     with Oracle(trace, of_label, z):
         return call_model(model, inputs)
+
+
+def check_against_the_oracle(model: torch.nn.Module, example: Any, modes: tuple[bool, ...] = (False, True),
+                             gradient: bool = True) -> None:  # fmt: skip
+    """Values, and the gradient of every gate, equal those of gating each consumer's operand in plain autograd.
+
+    Args:
+        model: In float64, with nothing at its initial value.
+        example: Its inputs.
+        modes: Train mode (true) and eval mode (false), with nothing dropped at random.
+        gradient: Whether to compare gradients, too.
+    """
+    gated = prunegate.attach(model, example)
+    gated.prunegate.logits.data = torch.zeros_like(gated.logits.data, dtype=torch.float64)
+    gated.mask = random_mask(gated, seed=3)
+    for train in modes:
+        model.train(train)
+        gated.train(train)
+        frozen_statistics(model)
+        frozen_statistics(gated)
+        gates = gated.mask.double().requires_grad_(gradient)
+        with torch.set_grad_enabled(gradient):
+            expected = masked_outputs(model, example, gated.trace, gated.gate_map.of_label, gates)
+            actual = call_model(gated, example)
+        assert relative_error(expected, actual) <= 1e-10, f"train: {train}"
+        if gradient:
+            check_gradient(gated, gates, expected, actual)
+
+
+def check_gradient(gated: prunegate.GatedModel, gates: Tensor, expected: Any, actual: Any) -> None:
+    """The gradient of a random sum of outputs by the oracle's gates, and by the logits."""
+    weights = [torch.randn_like(out) for out in outputs(expected)]
+
+    def weighted(tree: Any) -> Tensor:
+        return sum((w * out).sum() for w, out in zip(weights, outputs(tree), strict=True))  # type: ignore[return-value]
+
+    (by_oracle,) = torch.autograd.grad(weighted(expected), gates)
+    (by_logits,) = torch.autograd.grad(weighted(actual), gated.logits)
+    # At logit 0 and temperature 1 the relaxed gate's slope is 1/4.
+    scale = float(by_oracle.abs().max())
+    torch.testing.assert_close(4 * by_logits.double() / scale, by_oracle / scale, rtol=1e-10, atol=1e-10)
+    assert bool((by_oracle[~gated.mask] != 0).any()), "closed gates must get gradients"
+
+
+def frozen_statistics(model: torch.nn.Module) -> None:
+    """Batch statistics of removed channels are nobody's business; nothing is dropped at random."""
+    for module in model.modules():
+        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) or hasattr(module, "drop_prob")
+        if drops or isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()

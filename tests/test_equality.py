@@ -5,8 +5,8 @@ import torch
 
 import prunegate
 from prunegate.labels.trace import call_model
-from tests.models import FAST, SLOW, build, outputs, random_mask, randomise, relative_error
-from tests.oracle import masked_outputs
+from tests.models import FAST, SLOW, build, random_mask, randomise, relative_error
+from tests.oracle import check_against_the_oracle
 from tests.zoo import ZOO
 
 EXACT = 1e-8
@@ -56,7 +56,7 @@ def test_slow_networks(name: str) -> None:
 def test_masked_forward_and_gradient_against_the_oracle(name: str, train: bool) -> None:
     torch.manual_seed(1)
     model = randomise(ZOO[name](), seed=2)
-    check_against_the_oracle(model, model.example(), train)
+    check_against_the_oracle(model, model.example(), (train,))
 
 
 # One of each kind: plain and grouped convolutions, standardised weights, norms over channels, heads of every layout,
@@ -73,40 +73,4 @@ TEN = (
 def test_networks_against_the_oracle(name: str, train: bool) -> None:
     model = build(name)
     example = torch.randn(2, *model.pretrained_cfg["input_size"], dtype=torch.float64)
-    check_against_the_oracle(model, example, train)
-
-
-def check_against_the_oracle(model: torch.nn.Module, example: torch.Tensor, train: bool) -> None:
-    """Values and the gradient of every gate equal those of gating each consumer's operand in plain autograd."""
-    gated = prunegate.attach(model, example)
-    gated.prunegate.logits.data = torch.zeros_like(gated.logits.data, dtype=torch.float64)
-    gated.mask = random_mask(gated, seed=3)
-    model.train(train)
-    gated.train(train)
-    frozen_statistics(model)
-    frozen_statistics(gated)
-
-    gates = gated.mask.double().requires_grad_()
-    expected = masked_outputs(model, example, gated.trace, gated.gate_map.of_label, gates)
-    actual = call_model(gated, example)
-    assert relative_error(expected, actual) <= 1e-10
-
-    weights = [torch.randn_like(out) for out in outputs(expected)]
-
-    def weighted(tree: object) -> torch.Tensor:
-        return sum((w * out).sum() for w, out in zip(weights, outputs(tree), strict=True))
-
-    (by_oracle,) = torch.autograd.grad(weighted(expected), gates)
-    (by_logits,) = torch.autograd.grad(weighted(actual), gated.logits)
-    # At logit 0 and temperature 1 the relaxed gate's slope is 1/4.
-    scale = float(by_oracle.abs().max())
-    torch.testing.assert_close(4 * by_logits.double() / scale, by_oracle / scale, rtol=1e-10, atol=1e-10)
-    assert bool((by_oracle[~gated.mask] != 0).any()), "closed gates must get gradients"
-
-
-def frozen_statistics(model: torch.nn.Module) -> None:
-    """Batch statistics of removed channels are nobody's business; nothing is dropped at random."""
-    for module in model.modules():
-        drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) or hasattr(module, "drop_prob")
-        if drops or isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
+    check_against_the_oracle(model, example, (train,))

@@ -11,6 +11,7 @@ import torch
 
 import prunegate
 from tests.models import random_mask, randomise, relative_error
+from tests.oracle import check_against_the_oracle
 from tools import coverage
 
 
@@ -112,6 +113,14 @@ def test_family(family: str) -> None:
     assert row.same_class
     assert row.effect >= 0.05
     assert row.prunable >= 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", coverage.families())
+def test_family_against_the_oracle(family: str) -> None:
+    """What is masked, in eval and train mode, is what gating each consumer's operand gives."""
+    model, example = coverage.build_timm(coverage.smallest_of_family(family))
+    check_against_the_oracle(randomise(model), example, gradient=False)
 
 
 class InDouble(types.ModuleType):
