@@ -1,6 +1,9 @@
 """Slim models in other batches and resolutions, in training, copied, saved, compiled; and what the checks would see."""
 
 import copy
+import inspect
+import io
+import pdb
 
 import pytest
 import torch
@@ -49,6 +52,22 @@ def test_edited_forwards(name: str) -> None:
     outcomes.pop("file")
     assert all(shapes_free.holds(outcome) for outcome in outcomes.values()), outcomes
     assert outcomes["batch"] == outcomes["training"] == outcomes["copies"] == "ok"
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_edited_forwards_step_in_a_debugger(name: str) -> None:
+    """A breakpoint on their first line stops there, shows it, and steps through each line that follows."""
+    model = randomise(ZOO[name]()).eval()
+    example = model.example()[:1]
+    slim = cut(model, example)[1]
+    code = type(slim).forward.__code__
+    lines = inspect.getsource(type(slim).forward).splitlines()
+    screen = io.StringIO()
+    debugger = pdb.Pdb(stdin=io.StringIO("continue\n" + "next\n" * 2 + "continue\n"), stdout=screen, readrc=False)
+    assert debugger.set_break(code.co_filename, code.co_firstlineno + 1) is None, "there is no such line"
+    debugger.runcall(slim, example)
+    shown = [line.removeprefix("-> ") for line in screen.getvalue().splitlines() if line.startswith("-> ")]
+    assert [lines[1].strip(), lines[2].strip()] == shown[1:3]
 
 
 def test_what_is_wrong_is_seen() -> None:
