@@ -133,6 +133,7 @@ def examine(family: str, name: str, build: Callable[[], tuple[nn.Module, Any]]) 
         randomise(model, generator)
         began = time.perf_counter()
         gated = prunegate.attach(model, example)
+        gated.cost.flops()  # counted when first asked for: a part of what one waits for
         row.attach_seconds = time.perf_counter() - began
         row.gates, row.groups = gated.logits.numel(), len(gated.groups)
         row.prunable = prunable_share(model, gated)
@@ -470,16 +471,18 @@ SOURCES: dict[str, Callable[[], Builders]] = {
 def markdown(rows: list[Row]) -> str:
     """The table, with what it sums up to."""
     lines = [
-        "| family | model | gates | groups | prunable | FLOPs left | error | costs | attach s | export s | failure |",
-        "|---|---|--:|--:|--:|--:|--:|---|--:|--:|---|",
+        "| family | model | gates | groups | prunable | FLOPs left | error | costs | attach s | export s | "
+        "positions that stay, and why | failure |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|--:|---|---|",
     ]
     for row in rows:
         error = "" if row.error is None else f"{row.error:.0e}"
         error += "" if row.precision == "float64" else f" ({row.precision} inside)"
         costs = "exact" if row.costs_exact else "wrong"
+        stays = "; ".join(f"{count} {why}" for why, count in sorted(row.frozen.items(), key=lambda item: -item[1]))
         lines.append(
             f"| {row.family} | {row.model} | {row.gates} | {row.groups} | {row.prunable:.1%} | {row.flops_left:.0%} | "
-            f"{error} | {costs} | {row.attach_seconds:.2f} | {row.export_seconds:.2f} | {row.failure} |"
+            f"{error} | {costs} | {row.attach_seconds:.2f} | {row.export_seconds:.2f} | {stays} | {row.failure} |"
         )
     return "\n".join([*lines, "", summary(rows), ""])
 
