@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import prunegate
 from prunegate import Budget, BudgetError, GatedModel
-from prunegate.budget.latency import LatencyTable, find_operators, time_call
+from prunegate.budget.latency import LatencyTable
+from prunegate.budget.stopwatch import time_call
+from prunegate.budget.timed import find_operators
 
 
 def made_up(function: Any, args: Any, kwargs: Any) -> float:

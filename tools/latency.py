@@ -1,10 +1,11 @@
 """Times a timm model's operators over a grid of widths on this machine, and writes a latency table.
 
     python tools/latency.py resnet50 --device cpu --dtype float32 --batch 1
-    python tools/latency.py deit_small_patch16_224 --extend latency.json --check 10
+    python tools/latency.py deit_small_patch16_224 --extend latency.json --check 10 --slim 0.5
 
 The table serves ``prunegate.Budget(gated, latency=0.5, latency_table="latency.json", steps=...)``. With ``--check``,
-random masks are cut and measured, and their times stand beside the predicted ones.
+random masks are cut and measured, and their times stand beside the predicted ones. With ``--slim``, the model is cut by
+such a budget (by the size of its weights: what is measured is speed) and runs in turn with the dense one.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
 
 import prunegate
-from prunegate.budget.latency import LatencyTable, time_call
+from prunegate.budget.latency import LatencyTable
+from prunegate.budget.stopwatch import time_call
+from prunegate.cli.timing import latencies
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +39,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--extend", metavar="TABLE", help="add to this table instead of starting a new one")
     parser.add_argument("--out", default="latency.json", help="where the table goes (--extend: there)")
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N random cuts against predictions")
+    parser.add_argument("--slim", type=float, nargs="+", default=[], metavar="SHARE",
+                        help="cut to these shares of the dense latency; measure dense and slim in turn")  # fmt: skip
+    parser.add_argument("--round-to", type=int, default=1, help="multiple that widths are rounded to for --slim")
     return parser.parse_args(argv)
 
 
@@ -69,6 +76,25 @@ def check(gated: prunegate.GatedModel, table: LatencyTable, count: int, console:
     return statistics.median(errors)
 
 
+def slim_down(model: nn.Module, gated: prunegate.GatedModel, table: LatencyTable, args: argparse.Namespace,
+              console: Console) -> None:  # fmt: skip
+    """Prints the measured times of cuts by latency budgets, and of the dense model, all in one run."""
+    models = {"dense": model}
+    predicted = {"dense": table.predict(gated)}
+    for share in args.slim:
+        gated.mask = None
+        gated.logits.data.zero_()
+        budget = prunegate.Budget(gated, latency=share, latency_table=table, steps=1, round_to=args.round_to)
+        budget.finish()
+        models[f"latency={share:g}"] = gated.export()
+        predicted[f"latency={share:g}"] = table.predict(gated, gated.mask)
+    measured = latencies(models, gated.example_input, seconds=8.0)
+    report = Table("budget", "predicted ms", "measured ms", "measured share of dense")
+    for name, milliseconds in measured.items():
+        report.add_row(name, f"{predicted[name]:.3f}", f"{milliseconds:.3f}", f"{milliseconds / measured['dense']:.3f}")
+    console.print(report)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the tool."""
     args = parse(argv)
@@ -99,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.check:
         check(gated, table, args.check, console)
+    if args.slim:
+        slim_down(model, gated, table, args, console)
     return 0
 
 

@@ -1,20 +1,24 @@
 """Latency measured per operator over a grid of widths, and modelled as a cost of the mask.
 
 Every operation of the traced forward that computes something is timed on its own, at several sizes of its prunable
-dimensions. A table holds these times: it knows the device, and it serves every mask of every model that is made of the
-same operators. Times between the grid's points are interpolated; for a search they become a polynomial like FLOPs.
+dimensions, on memory that is laid out as in the model and as far away from the processor. A table holds these times: it
+knows the device, and it serves every mask of every model that is made of the same operators. Times between the grid's
+points are interpolated; for a search they become a polynomial like FLOPs.
+
+What is between operators (Python code, memory that is taken and given back) no operator's time shows. So the model
+itself is timed as well, whole, dense and at a few widths, and its sum of operators is set off against that: a constant
+and a factor, of the least relative errors, that belong to the model and are in the table.
 """
 
 from __future__ import annotations
 
-import copy
 import datetime
+import functools
 import hashlib
 import itertools
 import json
 import math
 import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,166 +28,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from prunegate.blocks import factors_of
 from prunegate.budget.limits import PICOSECONDS
+from prunegate.budget.stopwatch import Pool, Timer, time_call, time_in_turn
+from prunegate.budget.timed import Operator, find_operators
 from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
-from prunegate.groups import ALWAYS
-from prunegate.labels.paths import ALL
-from prunegate.labels.record import Node, Op, nodes_in
 from prunegate.labels.trace import call_model
-from prunegate.operators import ONE_OF, PathLengths
+from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
-__all__ = ["LatencyTable", "Operator", "find_operators", "time_call"]
+__all__ = ["LatencyTable"]
 
-_FORMAT = 1
+_FORMAT = 2
 _SHARES = {1: (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0), 2: (0.125, 0.375, 0.625, 0.8125, 1.0)}
 _SHARES_OF_MANY = (0.25, 0.625, 1.0)
 _MOST_VARIABLES = 3
 _BLOCK = 16  # elements that a kernel's innermost loop takes at once, at most
-_FREE = frozenset("unsafe_view alias detach lift_fresh empty zeros ones arange full scalar_tensor".split())
-_CUTS = (0.7, 0.45)  # shares kept in the cuts that predictions are calibrated on
-
-Timer = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any]], float]
-"""Milliseconds of one call, given the function, its positional and its keyword arguments."""
-
-
-@dataclass(eq=False)
-class Operator:
-    """One operation of the forward, with the dimensions that pruning changes.
-
-    Attributes:
-        key: Describes it completely at dense size: operations of equal keys take equal times.
-        op: The recorded operation.
-        gates: For each changing dimension that differs from the others, the gate of each position.
-        places: (tensor number, dimension) to the number of the changing dimension.
-        there: Of an operation inside operators of choices, their gates: it runs where all are open.
-    """
-
-    key: str
-    op: Op
-    gates: list[Tensor] = field(default_factory=list)
-    places: dict[tuple[int, int], int] = field(default_factory=dict)
-    there: list[Tensor] = field(default_factory=list)
-
-    def runs(self, mask: Tensor) -> bool:
-        """Whether it runs under a mask."""
-        return all(bool(mask[gate].all()) for gate in self.there)
-
-    def dense(self) -> list[int]:
-        """Dense sizes of the changing dimensions."""
-        return [gates.numel() for gates in self.gates]
-
-    def live(self, mask: Tensor) -> list[int]:
-        """Their sizes under a mask."""
-        open_to = torch.cat([mask.cpu(), torch.ones(1, dtype=torch.bool)])  # the last serves positions without a gate
-        return [int(open_to[gates].sum()) for gates in self.gates]
-
-    def arguments(self, sizes: Sequence[int], device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-        """Arguments for a call at other sizes of the changing dimensions."""
-        numbers = itertools.count()
-
-        def shape_of(node: Node, number: int) -> list[int]:
-            return [
-                sizes[self.places[number, dim]] if (number, dim) in self.places else size
-                for dim, size in enumerate(node.shape)
-            ]
-
-        shapes: list[list[int]] = []
-
-        def make(leaf: Any) -> Any:
-            if not isinstance(leaf, Node):
-                return leaf
-            shape = shape_of(leaf, next(numbers))
-            shapes.append(shape)
-            if leaf.dtype.is_floating_point or leaf.dtype.is_complex:
-                return torch.rand(shape, device=device, dtype=leaf.dtype)
-            if leaf.value is not None and list(leaf.value.shape) == shape:
-                return leaf.value.to(device)
-            return torch.zeros(shape, device=device, dtype=leaf.dtype)
-
-        args, kwargs = tree_map(make, (list(self.op.args), dict(self.op.kwargs)))
-        return _follow(self.op, args, shapes), kwargs
-
-
-def _follow(op: Op, args: list[Any], shapes: list[list[int]]) -> list[Any]:
-    """Arguments that are sizes follow the tensors."""
-    nodes = list(nodes_in((op.args, op.kwargs)))
-    if op.name == "convolution" and args[8] > 1 and shapes[1][1] == nodes[1].shape[1]:
-        args[8] = args[8] * shapes[0][1] // nodes[0].shape[1]
-    elif op.name == "native_layer_norm":
-        args[1] = shapes[0][-len(args[1]) :]
-    elif op.name == "native_group_norm":
-        args[4] = shapes[0][1]
-        args[6] = args[6] if shapes[0][1] % args[6] == 0 else 1
-    return args
-
-
-def find_operators(gated: GatedModel) -> list[Operator]:
-    """The operations of the traced forward that take time, in order."""
-    found = []
-    paths = PathLengths(gated.trace, gated.gate_map)
-    for op in gated.trace.ops:
-        if any(index == ALL for _, index in op.path):
-            continue  # adds up what operators give; only the trace runs several
-        nodes = list(nodes_in((op.args, op.kwargs)))
-        if not nodes or op.func.is_view or op.name in _FREE:  # type: ignore[attr-defined]
-            continue
-        operator = _operator(gated, op, nodes)
-        operator.there = paths.of(op.path)
-        found.append(operator)
-    return found
-
-
-def _operator(gated: GatedModel, op: Op, nodes: list[Node]) -> Operator:
-    operator = Operator("", op)
-    known: dict[bytes, int] = {}
-    tags = []
-    for number, node in enumerate(nodes):
-        dims = []
-        for dim, size in enumerate(node.shape):
-            labels = gated.trace.along(node, dim)
-            gates = None if labels is None else gated.gate_map.of_label[labels]
-            if gates is None or not bool((gates != ALWAYS).any()):
-                dims.append(str(size))
-                continue
-            name = gates.numpy().tobytes()
-            if name not in known:
-                known[name] = len(known)
-                operator.gates.append(gates)
-            operator.places[number, dim] = known[name]
-            dims.append(f"{'abcdefghijklmnop'[known[name] % 16]}:{size}")
-        tags.append(f"{str(node.dtype).removeprefix('torch.')}[{','.join(dims)}]")
-    names = iter(tags)
-    described = tree_map(lambda leaf: next(names) if isinstance(leaf, Node) else leaf, (op.args, op.kwargs))
-    operator.key = f"{op.name}{described[0]}{described[1] or ''}".replace("'", "")
-    return operator
-
-
-def time_call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], least_seconds: float = 0.004,
-              least_calls: int = 5) -> float:  # fmt: skip
-    """Median milliseconds of one call.
-
-    With one CPU thread it is the thread's own time, so that other programs on the machine do not count.
-    """
-    cuda = any(leaf.is_cuda for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    clock = time.thread_time if not cuda and torch.get_num_threads() == 1 else time.perf_counter
-    taken: list[float] = []
-    function(*args, **kwargs)
-    until = time.perf_counter() + least_seconds
-    while len(taken) < least_calls or time.perf_counter() < until:
-        if cuda:
-            torch.cuda.synchronize()
-        start = clock()
-        function(*args, **kwargs)
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(clock() - start)
-    return 1000 * float(np.median(taken))
-
+_CUTS = (1.0, 0.7, 0.45, 0.25)  # shares kept in the cuts that predictions are calibrated on
 
 @dataclass
 class LatencyTable:
@@ -206,14 +69,14 @@ class LatencyTable:
     overhead: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
-    def measure(cls, gated: GatedModel, timer: Timer = time_call, known: LatencyTable | None = None,
+    def measure(cls, gated: GatedModel, timer: Timer | None = None, known: LatencyTable | None = None,
                 progress: Callable[[int, int], None] | None = None) -> LatencyTable:  # fmt: skip
         """Times every operator of a model that is not in ``known`` yet, on the model's device.
 
         Args:
             gated: The gated model.
-            timer: Times one call; another engine's timer makes a table for that engine. With another timer no whole
-                forward is measured.
+            timer: Another engine's timer of one call (``timer(function, args, kwargs)`` gives milliseconds) makes a
+                table for that engine. The model itself is not run by it, so nothing is set off against whole forwards.
             known: A table of the same device to extend.
             progress: Called with the number of operators done and to do.
 
@@ -230,41 +93,41 @@ class LatencyTable:
         table.date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         operators = find_operators(gated)
         distinct = {operator.key: operator for operator in operators}
+        pool = Pool(sum(t.numel() * t.element_size() for t in (*gated.parameters(), *gated.buffers())), device)
         with torch.no_grad():
             for done, (key, operator) in enumerate(distinct.items()):
                 if key not in table.operators:
-                    table.operators[key] = _measure(operator, device, timer)
+                    table.operators[key] = _measure(operator, device, pool, timer)
                 if progress is not None:
                     progress(done + 1, len(distinct))
-            if timer is time_call:
+            if timer is None:
                 table._calibrate(gated, operators)
         return table
 
     def _calibrate(self, gated: GatedModel, operators: Sequence[Operator]) -> None:
-        """Sets off whole forwards of the model, and of two cuts of it, against the sums of their operators.
-
-        Alone, an operator finds its data in the cache and follows no Python code, so a model takes longer.
-        """
-        model = copy.deepcopy(gated.model).eval()
-        measured: list[tuple[Tensor | None, float]] = [
-            (None, time_call(call_model, (model, gated.example_input), {}, 1.0, 10))
-        ]
+        """Sets off whole forwards of the model, dense and cut, against the sums of their operators."""
+        sums, wholes = [], []
         for share in _CUTS:
             mask = _share_of_every_group(gated, share)
             try:
                 cut = _cut(gated, mask)
             except ExportError:
-                break
-            measured.append((mask, time_call(call_model, (cut, gated.example_input), {}, 1.0, 10)))
-        wholes = np.array([whole for _, whole in measured])
-        start = gated.gate_map.start()
-        masks = [start if mask is None else mask.cpu() for mask, _ in measured]
-        sums = np.array([sum(self._interpolate(o, o.live(mask)) for o in operators if o.runs(mask)) for mask in masks])
-        columns = np.stack([np.ones_like(sums), sums], axis=1)
-        added, scale = _non_negative_least_squares(columns / wholes[:, None], np.ones_like(wholes))
-        if len(measured) == 1:
-            added, scale = 0.0, wholes[0] / sums[0]
-        self.overhead[_model_key(operators)] = (float(added), float(scale))
+                continue
+            wholes.append(time_call(call_model, (cut, gated.example_input), {}, 1.0, 10))
+            sums.append(self._sum(gated, operators, mask))
+        if wholes:
+            columns = np.stack([np.ones(len(sums)), np.array(sums)], axis=1)[:, -min(2, len(sums)) :]
+            found = _non_negative_least_squares(columns / np.array(wholes)[:, None], np.ones(len(wholes)))
+            self.overhead[_model_key(operators)] = (float(found[:-1].sum()), float(found[-1]))
+
+    def _sum(self, gated: GatedModel, operators: Sequence[Operator], mask: Tensor) -> float:
+        """Milliseconds of all operators that run under a mask."""
+        blocks = factors_of(gated.gate_map.blocks)[0]
+        return sum(
+            self._interpolate(operator, operator.live(mask))
+            for operator in operators
+            if operator.runs(mask) and all(bool(mask[gate]) for gate in blocks.get(id(operator.op), ()))
+        )
 
     def predict(self, gated: GatedModel, mask: Tensor | None = None) -> float:
         """Milliseconds of a forward of the model cut by ``mask`` (``None``: dense), at the example input's batch.
@@ -275,14 +138,8 @@ class LatencyTable:
         self.check(gated.logits.device)
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
-        live = [operator.dense() if mask is None else operator.live(mask) for operator in operators]
-        blocks = {} if mask is None else factors_of(gated.gate_map.blocks)[0]
-        there = gated.gate_map.start() if mask is None else mask.cpu()
-        runs = [
-            each.runs(there) and all(bool(there[gate]) for gate in blocks.get(id(each.op), ())) for each in operators
-        ]
-        known = zip(operators, live, runs, strict=True)
-        return added + scale * sum(self._interpolate(operator, sizes) for operator, sizes, there in known if there)
+        mask = gated.gate_map.start() if mask is None else mask.cpu()
+        return added + scale * self._sum(gated, operators, mask)
 
     def polynomial(self, gated: GatedModel) -> Polynomial:
         """The latency as a cost of the mask, in picoseconds: the non-negative fit of each operator's times.
@@ -385,7 +242,11 @@ def _share_of_every_group(gated: GatedModel, share: float) -> Tensor:
     """A mask that keeps the same share of every group, at odd widths as a search would."""
     mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
     for group in gated.groups:
-        kept = max(1, round(share * group.size) - (group.size >= 4 * _BLOCK)) if group.kind != ONE_OF else 1
+        kept = max(1, round(share * group.size))
+        if share < 1 and group.size >= 4 * _BLOCK:
+            kept |= 1
+        if group.kind == ONE_OF:
+            kept = 1
         mask[group.slice.start : group.slice.start + kept] = True
     return mask
 
@@ -418,18 +279,23 @@ def _grid(size: int, shares: Sequence[float]) -> list[int]:
     return sorted(set(sizes))
 
 
-def _measure(operator: Operator, device: torch.device, timer: Timer) -> dict[str, list[Any]]:
+def _measure(operator: Operator, device: torch.device, pool: Pool, timer: Timer | None) -> dict[str, list[Any]]:
     dense = operator.dense()
     shares = _SHARES.get(len(dense), _SHARES_OF_MANY)
     axes = [_grid(size, shares) if i < _MOST_VARIABLES else [size] for i, size in enumerate(dense)]
     times = []
     for sizes in itertools.product(*axes):
         try:
-            args, kwargs = operator.arguments(sizes, device)
-            times.append(timer(operator.op.func, args, kwargs))
+            if timer is None:
+                make = functools.partial(operator.arguments, sizes, pool, device)
+                times.append(time_in_turn(operator.op.func, make))
+            else:
+                times.append(timer(operator.op.func, *operator.arguments(sizes, pool, device)))
         except (RuntimeError, IndexError, ValueError):
             # Some operations cannot run at sizes of our choosing; they are taken to be proportional to their size.
             times.append(math.nan)
+    if operator.writes():
+        pool.refresh()
     filled = np.array(times)
     if np.isnan(filled).any():
         if np.isnan(filled[-1]):

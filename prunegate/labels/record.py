@@ -25,6 +25,7 @@ class Node:
     Attributes:
         shape: The tensor's shape in the dense model.
         dtype: Its element type.
+        strides: Where its elements stood in memory; empty where that is not known.
         planes: Label planes, each broadcastable to ``shape`` (see ``planes.py``).
         name: Qualified name where the tensor is a parameter or buffer, else ``None``.
         source: The parameter that the tensor is only a rearrangement of, if there is one (itself for a parameter).
@@ -41,6 +42,7 @@ class Node:
     shape: tuple[int, ...]
     dtype: torch.dtype
     planes: list[Tensor] = field(default_factory=list)
+    strides: tuple[int, ...] = ()
     name: str | None = None
     source: Node | None = None
     depends: bool = False

@@ -183,7 +183,7 @@ def node_of(tensor: Tensor) -> Node:
     node: Node | None = getattr(tensor, _NODE, None)
     if node is None:
         node = Node(tuple(tensor.shape), tensor.dtype)
-        strides = tensor.stride()
+        node.strides = strides = tensor.stride()
         if 0 in strides:
             node.repeated = frozenset(d for d, s in enumerate(strides) if s == 0 and node.shape[d] > 1)
         if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
