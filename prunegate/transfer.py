@@ -16,7 +16,9 @@ from prunegate.slim.slicing import cut_tensor
 __all__ = ["transfer_optimizer"]
 
 
-def transfer_optimizer(optimizer: torch.optim.Optimizer, gated: GatedModel, slim: nn.Module) -> torch.optim.Optimizer:
+def transfer_optimizer(
+    optimizer: torch.optim.Optimizer, gated: GatedModel, slim: nn.Module, into: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
     """An optimizer of the slim model that goes on where the search's left off.
 
     Moments, momentum buffers and whatever else has a parameter's shape are cut as the parameter was; counters are
@@ -27,13 +29,15 @@ def transfer_optimizer(optimizer: torch.optim.Optimizer, gated: GatedModel, slim
         optimizer: What trained ``gated``'s parameters; it is left as it is.
         gated: The searched model, with the mask that ``slim`` was exported with.
         slim: What ``gated.export()`` returned.
+        into: An optimizer of ``slim``'s parameters, and of any others, that takes the state over and keeps its own
+            groups and options. Then ``optimizer`` too may train others than ``gated``'s; their state is dropped.
 
     Returns:
-        A new optimizer of the same class.
+        ``into``, or a new optimizer of the same class.
 
     Raises:
         PruneGateError: ``slim`` was not cut from ``gated`` by its current mask, or a parameter of the optimizer is not
-            one of ``gated``.
+            one of ``gated``, or ``into`` does not train all of ``slim``'s that ``optimizer`` did of ``gated``.
 
     Example:
         >>> import torch, prunegate
@@ -59,7 +63,7 @@ def transfer_optimizer(optimizer: torch.optim.Optimizer, gated: GatedModel, slim
             if parameter is gated.logits:
                 continue
             name = names.get(id(parameter))
-            if name is not None and plan.removes(name):
+            if (name is not None and plan.removes(name)) or (name is None and into is not None):
                 continue
             if name is None or name not in targets:
                 raise PruneGateError(
@@ -78,6 +82,17 @@ def transfer_optimizer(optimizer: torch.optim.Optimizer, gated: GatedModel, slim
             states.append((target, {key: _cut(value, parameter, kept)
                                     for key, value in optimizer.state.get(parameter, {}).items()}))  # fmt: skip
         groups.append(moved)
+    if into is not None:
+        own = {id(parameter) for group in into.param_groups for parameter in group["params"]}
+        moving = {id(target) for target, _ in states}
+        missing = [name for name, parameter in targets.items() if id(parameter) in moving - own]
+        if missing:
+            raise PruneGateError(
+                f"into= does not train {missing[0]!r} of the slim model, whose state the optimizer has; make it from "
+                "the slim model's parameters"
+            )
+        into.state.update({target: state for target, state in states if state})
+        return into
     # Some optimizers keep settings among their defaults that their constructor does not take; groups have them anyway.
     accepted = inspect.signature(type(optimizer)).parameters
     defaults = {name: value for name, value in optimizer.defaults.items() if name in accepted}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -142,9 +142,11 @@ def prune(args: argparse.Namespace, interrupt: Interrupt) -> tuple[Path, nn.Modu
         round_to=args.round_to,
         **{name: value for name in BUDGETS if (value := getattr(args, name)) is not None},
     )
+    cycle = args.search_epochs + args.epochs  # one cycle of the learning rate spans search and fine-tuning
+    searched = None
     if reached < 2:
-        train(run, "search", gated, args.search_epochs, args.search_lr or args.lr, saved if reached == 1 else None,
-              teacher, budget)  # fmt: skip
+        searched = train(run, "search", gated, args.search_epochs, args.search_lr or args.lr,
+                         saved if reached == 1 else None, teacher, budget, cycle=cycle)  # fmt: skip
         budget.finish()
     else:
         with restoring("the mask"):
@@ -160,8 +162,14 @@ def prune(args: argparse.Namespace, interrupt: Interrupt) -> tuple[Path, nn.Modu
             f"{gated.cost.params(gated.mask) / gated.cost.params():.1%} of the parameters")  # fmt: skip
 
     # ---------------------------------------------------------------- 4. fine-tuning
+    def go_on(optimizer: torch.optim.Optimizer) -> None:
+        """Fine-tuning starts with the search's moments, cut like the weights; a resumed one has its own."""
+        if searched is not None:
+            prunegate.transfer_optimizer(searched, gated, slim, into=optimizer)
+
     if args.epochs:
-        train(run, "finetune", slim, args.epochs, args.lr, saved if reached == 2 else None, teacher)
+        train(run, "finetune", slim, args.epochs, args.lr, saved if reached == 2 else None, teacher,
+              before=args.search_epochs, cycle=cycle, prepare=go_on)  # fmt: skip
 
     # ---------------------------------------------------------------- 5. what came out
     models = {"dense": dense, "slim": slim.eval()}
@@ -207,7 +215,9 @@ class Run:
 
 
 def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved: Mapping[str, Any] | None = None,
-          teacher: DistillationTeacher | None = None, budget: prunegate.Budget | None = None) -> None:  # fmt: skip
+          teacher: DistillationTeacher | None = None, budget: prunegate.Budget | None = None, before: int = 0,
+          cycle: int | None = None, prepare: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None,
+          ) -> torch.optim.Optimizer:  # fmt: skip
     """Trains a model for one phase.
 
     Afterwards it has the weights of the epoch that did best in validation; after a search, those of the last, for the
@@ -222,15 +232,24 @@ def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved:
         saved: The state from which the phase goes on.
         teacher: What to learn from besides the labels.
         budget: What the gates are held to, in a search.
+        before: Epochs of the learning rate's cycle that lie behind.
+        cycle: Length of that cycle in epochs; the phase's own where left out.
+        prepare: Gets the new optimizer, before the first step and before a saved state is read.
+
+    Returns:
+        The optimizer as it is after the last step.
     """
     args, device, loader = run.args, run.device, run.train_loader
     task = create_task(args, model, teacher, device)
     optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args) | {"lr": lr})
+    prepare(optimizer)
     scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, step_on_epochs=False,
-        updates_per_epoch=run.updates,
+        optimizer, sched=args.sched, num_epochs=cycle or epochs, decay_epochs=args.decay_epochs,
+        decay_rate=args.decay_rate, min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
+        step_on_epochs=False, updates_per_epoch=run.updates,
     )  # fmt: skip
+    if before:
+        scheduler.step_update(num_updates=before * run.updates)
     scaler = NativeScaler(device.type) if args.amp and args.amp_dtype == "float16" and device.type == "cuda" else None
     # An average over weights that served under different masks would describe no network: none in the search.
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema and budget is None else None
@@ -326,7 +345,7 @@ def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved:
                 update += 1
                 if ema is not None:
                     ema.update(model, step=update)
-                scheduler.step_update(num_updates=update)
+                scheduler.step_update(num_updates=before * run.updates + update)
 
             at["seen"] += len(labels)
             at["correct"] += int((output.argmax(1) == labels).sum())
@@ -342,7 +361,7 @@ def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved:
                     if stop:
                         raise SystemExit(f"stopped on request after update {update}. {how_to_resume(run)}")
 
-        scheduler.step(epoch + 1)
+        scheduler.step(before + epoch + 1)
         judged = ema.module if ema is not None else model
         result = evaluate({"": judged}, run.validation_loader, args, device)[""]
         run.log.epoch(phase=phase, lr=optimizer.param_groups[0]["lr"], train_loss=at["loss_sum"] / at["seen"],
@@ -356,6 +375,7 @@ def train(run: Run, phase: str, model: nn.Module, epochs: int, lr: float, saved:
             raise SystemExit(f"stopped on request after epoch {epoch + 1}. {how_to_resume(run)}")
     if best["weights"] is not None:
         model.load_state_dict(best["weights"])
+    return optimizer
 
 
 def how_to_resume(run: Run) -> str:

@@ -101,7 +101,7 @@ def test_a_peer_gets_the_largest_cut_within_the_budget() -> None:
     def odd(share: float) -> nn.Module | None:
         return None if 0.3 < share < 0.35 else _Wide(900 if share < 0.2 else round(1000 * share))
 
-    best = peers._largest([odd], torch.zeros(1, 4), 4 * 512)
+    best = peers._largest([odd], torch.zeros(1, 4), 4 * 512, {})
     assert 505 <= best.layer.out_features <= 512
 
 
@@ -112,10 +112,25 @@ def test_a_later_way_to_cut_is_tried_only_where_the_first_falls_short() -> None:
     def second(share: float) -> nn.Module:
         return _Wide(500)
 
-    assert peers._largest([first, second], torch.zeros(1, 4), 4 * 510).layer.out_features == 500
-    assert peers._largest([first, second], torch.zeros(1, 4), 4 * 410).layer.out_features == 400
+    assert peers._largest([first, second], torch.zeros(1, 4), 4 * 510, {}).layer.out_features == 500
+    assert peers._largest([first, second], torch.zeros(1, 4), 4 * 410, {}).layer.out_features == 400
     with pytest.raises(RuntimeError, match="no cut"):
-        peers._largest([first, second], torch.zeros(1, 4), 4 * 100)
+        peers._largest([first, second], torch.zeros(1, 4), 4 * 100, {})
+
+
+def test_what_was_tried_for_one_budget_is_not_tried_again_for_another() -> None:
+    tried: list[float] = []
+
+    def cut(share: float) -> nn.Module:
+        tried.append(share)
+        return _Wide(round(1000 * share))
+
+    costs: peers.Costs = {}
+    peers._largest([cut], torch.zeros(1, 4), 4 * 300, costs)
+    first = len(tried)
+    assert peers._largest([cut], torch.zeros(1, 4), 4 * 700, costs).layer.out_features in range(697, 701)
+    assert len(tried) - first <= first - 15
+    assert costs[0, tried[0]] == 4 * round(1000 * tried[0])
 
 
 def test_torch_pruning_stays_within_the_budget_and_removes_heads() -> None:
@@ -123,7 +138,7 @@ def test_torch_pruning_stays_within_the_budget_and_removes_heads() -> None:
     dense, example = networks.NETWORKS["deit-small"].fresh(0), torch.zeros(1, 1, 14, 14)
     whole = prunegate.count_flops(dense, example)
     batches = [(torch.randn(8, 1, 14, 14), torch.arange(8))]
-    slim = peers.torch_pruning(dense, example, 0.4 * whole, batches, taylor=True, everywhere=False)
+    slim = peers.torch_pruning(dense, example, 0.4 * whole, batches, {}, taylor=True, everywhere=False)
     assert 0.3 * whole < prunegate.count_flops(slim, example) <= 0.4 * whole
     assert slim(torch.randn(3, 1, 14, 14)).shape == (3, 10)
     assert sum(block.attn.num_heads for block in slim.blocks) < 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import subprocess
 import sys
 from argparse import Namespace
@@ -226,6 +227,31 @@ def test_summary_follows_the_search_to_its_target(run: tuple[Path, nn.Module]) -
     dense = json.loads((folder / "report.json").read_text())["dense"]["flops"]
     assert targets == sorted(targets, reverse=True)
     assert targets[-1] == pytest.approx(0.5 * dense, rel=1e-3)
+
+
+def test_one_cycle_and_one_optimizer_span_search_and_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, rates = [], []
+    create = prune.create_optimizer_v2
+
+    def noted(*args: object, **options: object) -> torch.optim.Optimizer:
+        made.append(create(*args, **options))
+        made[-1].register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+        return made[-1]
+
+    monkeypatch.setattr(prune, "create_optimizer_v2", noted)
+    monkeypatch.setattr("report.latencies", lambda models, inputs: dict.fromkeys(models, 1.0))
+    prune.main([*TINY, "--search-epochs", "1", "--epochs", "2", "--opt", "adamw", "--lr", "0.01", "--output",
+                str(tmp_path), "--kd-model-name", "dense", "--kd-distill-type", "feature"])  # fmt: skip
+    _, tuned = made
+    steps = len(rates)
+    assert steps == 3 * 8
+    oracle = [0.005 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert rates == pytest.approx(oracle, abs=1e-9)
+    # A distillation's projection is as wide as the network that it serves, so it is made again.
+    counts = {int(state["step"]) for state in tuned.state.values()}
+    assert counts == {steps, steps * 2 // 3}
 
 
 def test_second_process_repeats_the_outputs(run: tuple[Path, nn.Module], tmp_path: Path) -> None:

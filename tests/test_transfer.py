@@ -69,6 +69,21 @@ def test_logits_are_left_out():
     assert [tuple(p.shape) for p in moved.param_groups[0]["params"]] == [(5, 4), (5,), (3, 5), (3,)]
 
 
+def test_another_optimizer_takes_the_state_over_beside_parameters_of_its_own():
+    gated, optimizer = _trained(lambda p: torch.optim.AdamW([*p, *nn.Linear(3, 2).double().parameters()], 0.01))
+    slim, new = gated.export(), nn.Linear(3, 5)
+    into = torch.optim.AdamW([{"params": new.parameters(), "lr": 0.5}, {"params": slim.parameters()}], 0.25)
+    assert prunegate.transfer_optimizer(optimizer, gated, slim, into) is into
+    assert [group["lr"] for group in into.param_groups] == [0.5, 0.25]
+    assert not any(parameter in into.state for parameter in new.parameters())
+    mine = optimizer.state[gated.get_parameter("0.weight")]
+    moved = into.state[slim[0].weight]
+    assert torch.equal(moved["exp_avg"], mine["exp_avg"][::2])
+    assert int(moved["step"]) == 3
+    with pytest.raises(PruneGateError, match=r"does not train '0\.weight'"):
+        prunegate.transfer_optimizer(optimizer, gated, slim, torch.optim.AdamW(new.parameters()))
+
+
 def test_what_does_not_belong_together_is_refused():
     gated, optimizer = _trained(_optimizers()["sgd"])
     slim = gated.export()

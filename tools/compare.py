@@ -20,6 +20,7 @@ import copy
 import itertools
 import json
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from comparison.images import HOW_TO_GET, Images, load, load_test, made_up
 from comparison.methods import METHODS, Cell
 from comparison.networks import NETWORKS
+from comparison.peers import Costs
 from comparison.report import write_report
 from comparison.training import Recipe, accuracy, batches_for, optimizer_for, train
 from torch import nn
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = _rows(output / "rows.jsonl")
     done = {_key(row) for row in rows}
     images: dict[int, tuple[Images, Images]] = {}
+    costs: dict[tuple[Any, ...], Costs] = defaultdict(dict)
     # The seeds are the outer loop, so that whatever has ended compares all methods alike.
     for seed, network, share, method in itertools.product(args.seeds, args.networks, args.budgets, args.methods):
         row: dict[str, Any] = {"network": network, "budget": share, "method": method, "seed": seed}
@@ -69,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if size not in images:
             images[size] = _images(args, size)
         training, validation = images[size]
-        dense, dense_row = _dense(output, network, seed, recipe, training, validation)
+        dense, dense_row = _dense(output, network, seed, seed == args.seeds[0], recipe, training, validation)
         if dense_row is not None:
             rows.append(dense_row)
-        cell = Cell(NETWORKS[network], dense, share, seed, recipe, training, validation, method.endswith(_DISTILLED))
+        cell = Cell(NETWORKS[network], dense, share, seed, recipe, training, validation, method.endswith(_DISTILLED),
+                    costs=costs[network, method, seed])  # fmt: skip
         start = time.process_time()
         torch.manual_seed(seed)
         try:
@@ -98,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"the report is in {output / 'table.md'} and {output / 'accuracy.png'}")
 
 
-def _dense(output: Path, network: str, seed: int, recipe: Recipe, training: Images, validation: Images,
+def _dense(output: Path, network: str, seed: int, longer: bool, recipe: Recipe, training: Images, validation: Images,
            ) -> tuple[nn.Module, dict[str, Any] | None]:  # fmt: skip
-    """The dense network of a seed, from a file if it was trained before; then there is no new row."""
+    """The dense network of a seed, from a file if it was trained before; then there is no new row.
+
+    With ``longer`` the row says as well what more training would bring.
+    """
     model = NETWORKS[network].fresh(seed)
     row: dict[str, Any] = {"network": network, "budget": 1.0, "method": "dense", "seed": seed}
     path = _file(output, row)
@@ -110,7 +117,7 @@ def _dense(output: Path, network: str, seed: int, recipe: Recipe, training: Imag
     batches = batches_for(training, recipe, steps, 100 + seed)
     train(model, batches, optimizer_for(model, recipe), recipe, range(steps), steps)
     row |= {"share": 1.0, "validation": accuracy(model, validation)}
-    if seed == 0:
+    if longer:
         # Another cycle of the length that methods get: what it gains is what more training alone would.
         more = copy.deepcopy(model)
         batches = batches_for(training, recipe, recipe.steps, seed)

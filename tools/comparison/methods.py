@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import prunegate
 from comparison.images import Images
 from comparison.networks import Network
-from comparison.peers import kirigami, torch_pruning
+from comparison.peers import Costs, kirigami, torch_pruning
 from comparison.training import Recipe, accuracy, batches_for, optimizer_for, train
 from prunegate.budget.learner import initial_ranks
 from prunegate.scores import score_units
@@ -44,6 +44,7 @@ class Cell:
         validation: What intermediate accuracies are measured on.
         distil: Whether the dense network teaches.
         options: For ``prunegate.Budget``, in place of its defaults.
+        costs: What a peer's cuts of this network cost, as far as they were tried for other budgets.
     """
 
     network: Network
@@ -55,6 +56,7 @@ class Cell:
     validation: Images
     distil: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    costs: Costs = field(default_factory=dict)
 
     @property
     def example(self) -> Tensor:
@@ -144,7 +146,7 @@ def _refitted(cell: Cell) -> nn.Module:
 
 
 def _peer(method: Callable[..., nn.Module], options: dict[str, bool], cell: Cell) -> nn.Module:
-    return method(cell.dense, cell.example, cell.most, cell.scoring(), **options)
+    return method(cell.dense, cell.example, cell.most, cell.scoring(), cell.costs, **options)
 
 
 _CUTS: dict[str, Cut] = {

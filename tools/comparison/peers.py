@@ -19,11 +19,13 @@ from torch.nn import functional as F
 
 import prunegate
 
-__all__ = ["kirigami", "torch_pruning"]
+__all__ = ["Costs", "kirigami", "torch_pruning"]
 
 _SCANNED = 16  # shares of units or parameters that are tried
 _FINEST = 0.002
 _BISECTIONS = 7
+
+Costs = dict[tuple[int, float], float]
 
 
 def _accumulate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -41,7 +43,8 @@ def _copy(model: nn.Module) -> nn.Module:
     return duplicate
 
 
-def _largest(cuts: Sequence[Callable[[float], nn.Module | None]], example: Tensor, most: float) -> nn.Module:
+def _largest(cuts: Sequence[Callable[[float], nn.Module | None]], example: Tensor, most: float,
+             costs: Costs) -> nn.Module:  # fmt: skip
     """The cut of greatest FLOPs not above ``most``.
 
     Costs need not fall with the share (Torch-Pruning skips layers that it would empty), so shares are scanned first,
@@ -52,38 +55,38 @@ def _largest(cuts: Sequence[Callable[[float], nn.Module | None]], example: Tenso
             gives ``None`` where the result does not run. A later one is tried if those before fall short by a tenth.
         example: One input.
         most: Greatest number of FLOPs.
+        costs: What cuts tried before cost, by the number of the way and the share; new ones are added.
     """
-    best: tuple[int, nn.Module] | None = None
-    for cut in cuts:
-        at = 0.0
+
+    def within(number: int, share: float) -> float:
+        """FLOPs of a cut, or 0 where it does not run or exceeds the budget."""
+        if (number, share) not in costs:
+            model = cuts[number](share)
+            costs[number, share] = 0.0 if model is None else float(prunegate.count_flops(model, example))
+        return costs[number, share] if costs[number, share] <= most else 0.0
+
+    best, found = 0.0, (0, 0.0)
+    for number in range(len(cuts)):
         for share in [(i + 0.5) / _SCANNED for i in range(_SCANNED)]:
-            found = _within(cut, share, example, most)
-            if found is not None and (best is None or found[0] > best[0]):
-                best, at = found, share
+            if within(number, share) > best:
+                best, found = within(number, share), (number, share)
         reach = 0.5 / _SCANNED
-        while best is not None and at and reach > _FINEST:
-            for share in (at - reach, at + reach):
-                found = _within(cut, share, example, most)
-                if found is not None and found[0] > best[0]:
-                    best, at = found, share
+        while found[0] == number and best and reach > _FINEST:
+            for share in (found[1] - reach, found[1] + reach):
+                if within(number, share) > best:
+                    best, found = within(number, share), (number, share)
             reach /= 2
-        if best is not None and best[0] >= 0.9 * most:
+        if best >= 0.9 * most:
             break
-    if best is None:
+    model = cuts[found[0]](found[1]) if best else None
+    if model is None:
         raise RuntimeError("no cut of this method reaches the budget")
-    best[1].zero_grad()
-    return best[1]
+    model.zero_grad()
+    return model
 
 
-def _within(cut: Callable[[float], nn.Module | None], share: float, example: Tensor,
-            most: float) -> tuple[int, nn.Module] | None:  # fmt: skip
-    model = cut(share)
-    cost = most + 1 if model is None else prunegate.count_flops(model, example)
-    return None if model is None or cost > most else (int(cost), model)
-
-
-def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]], *,
-                  taylor: bool, everywhere: bool) -> nn.Module:  # fmt: skip
+def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]],
+                  costs: Costs, *, taylor: bool, everywhere: bool) -> nn.Module:  # fmt: skip
     """Torch-Pruning 1.6.1, as in its examples for CNNs and timm's transformers (whole heads are removed).
 
     Args:
@@ -91,6 +94,7 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
         example: One input.
         most: Greatest number of FLOPs.
         batches: What gradients are gathered on.
+        costs: What cuts of this network by this method, tried for other budgets, cost.
         taylor: Score by first-order Taylor expansion instead of magnitude.
         everywhere: Compare the scores of all layers (global) instead of removing the same share of each (local).
     """
@@ -125,11 +129,11 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
     # Where everything would go from a layer the library leaves it whole, and counts its heads wrong: then a cap on
     # what goes from a layer, and fewer heads, give it the best chance.
     return _largest([partial(cut, *setting) for setting in ((1.0, 1.0), (0.9, 1.0), (0.9, 0.5), (0.75, 0.0))],
-                    example, most)  # fmt: skip
+                    example, most, costs)  # fmt: skip
 
 
-def kirigami(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]], *,
-             taylor: bool) -> nn.Module:  # fmt: skip
+def kirigami(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]],
+             costs: Costs, *, taylor: bool) -> nn.Module:  # fmt: skip
     """torch-kirigami's greedy planner with its group magnitude or its Taylor score."""
     from torch_kirigami import DependencyGraph
     from torch_kirigami.pruning import Greedy, GroupMagnitude, ParameterBudget, Pruner, WeightTaylor
@@ -156,13 +160,19 @@ def kirigami(dense: nn.Module, example: Tensor, most: float, batches: Iterable[t
     low, high, best = 0.0, 1.0, None
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = _within(cut, middle, example, most)
-        low, high = (low, middle) if found is None else (middle, high)
-        best = found if found is not None and (best is None or found[0] > best[0]) else best
+        if costs.get((0, middle), 0.0) > most:
+            high = middle
+            continue
+        model = cut(middle)
+        costs[0, middle] = float("inf") if model is None else float(prunegate.count_flops(model, example))
+        if costs[0, middle] <= most:
+            low, best = middle, model
+        else:
+            high = middle
     if best is None:
         raise RuntimeError("no cut of this method reaches the budget")
-    best[1].zero_grad()
-    return best[1]
+    best.zero_grad()
+    return best
 
 
 def _runs(model: nn.Module, example: Tensor) -> bool:
