@@ -22,7 +22,7 @@ from prunegate.operators import chosen_by
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan
 from prunegate.slim.replay import UnrepairableError
-from prunegate.tensors import fit_inputs
+from prunegate.tensors import fit_inputs, set_attributes_back
 
 __all__ = ["GatedModel"]
 
@@ -286,6 +286,7 @@ class GatedModel(nn.Module):
             )
         plan = self.plan()
         slim = apply_plan(self._dense, plan)
+        set_attributes_back(slim, self.trace.changed)  # what the model kept from its last forward, at dense sizes
         slim.train(self.training)
         self._check(slim)
         return slim

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 __all__ = [
     "ABSENT",
     "attributes_kept",
+    "call_model",
     "fit_inputs",
     "is_channels_last",
     "named_tensors",
@@ -58,6 +59,15 @@ def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
                     yield value
 
 
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Runs ``model`` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
 def fit_inputs(inputs: Any, model: nn.Module) -> Any:
     """An example input on the device, and in the floating-point type, that ``model`` is in now."""
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
@@ -75,20 +85,23 @@ def fit_inputs(inputs: Any, model: nn.Module) -> Any:
 ABSENT: Any = object()
 """Stands for an attribute that a module does not have."""
 
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
 
 def set_attributes_back(model: nn.Module, values: Mapping[tuple[str, str], Any]) -> None:
     """Gives attributes the values that :func:`attributes_kept` found them with."""
-    for (module, attribute), value in values.items():
-        attributes = model.get_submodule(module).__dict__
+    for (path, name), value in values.items():
+        module = model.get_submodule(path)
+        store = module._buffers if name in module._buffers else module.__dict__
         if value is ABSENT:
-            attributes.pop(attribute, None)
+            store.pop(name, None)
         else:
-            attributes[attribute] = value
+            store[name] = value.copy() if type(value) in (dict, list) else value
 
 
 @contextmanager
 def attributes_kept(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
-    """Undoes what a forward leaves in plain attributes: anchors, index tables and the like, kept for the next call.
+    """Undoes what a forward leaves in attributes, buffers, lists and dictionaries: anchors, index tables and the like.
 
     Inside, dictionaries of cached tensors are empty, so that a forward computes all that it needs.
 
@@ -96,24 +109,27 @@ def attributes_kept(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
         A dictionary that, afterwards, holds what was undone: the values before of attributes that got another
         (``ABSENT`` where there was none), by names of module and attribute.
     """
-    before, caches = [], []
+    before, contents = [], []
     changed: dict[tuple[str, str], Any] = {}
     for prefix, module in model.named_modules():
-        before.append((prefix, module, dict(module.__dict__)))
+        before.append((prefix, module.__dict__, dict(module.__dict__)))
+        before.append((prefix, module._buffers, dict(module._buffers)))
         for name, value in module.__dict__.items():
-            if type(value) is dict and not name.startswith("_"):
-                if all(isinstance(item, Tensor) for item in value.values()):
-                    caches.append((value, dict(value)))
+            if type(value) in (dict, list) and name not in _OF_EVERY_MODULE:
+                contents.append((prefix, name, value, value.copy()))
+                if type(value) is dict and all(isinstance(item, Tensor) for item in value.values()):
                     value.clear()
     try:
         yield changed
     finally:
-        for prefix, module, attributes in before:
-            for name, value in module.__dict__.items():
-                if name != "training" and attributes.get(name, ABSENT) is not value:
-                    changed[prefix, name] = attributes.get(name, ABSENT)
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-        for cache, content in caches:
-            cache.clear()
-            cache.update(content)
+        for prefix, store, entries in before:
+            for name, value in store.items():
+                if name != "training" and entries.get(name, ABSENT) is not value:
+                    changed[prefix, name] = entries.get(name, ABSENT)
+            store.clear()
+            store.update(entries)
+        for prefix, name, container, content in contents:
+            if len(container) != len(content) and container:
+                changed[prefix, name] = content
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)

@@ -302,3 +302,44 @@ def test_what_cannot_follow_a_cut_is_kept() -> None:
     assert slim.a.out_features == 8
     assert slim.b.out_features == 4
     assert relative_error(gated(x), slim(x)) <= 1e-8
+
+
+class Keeps(nn.Module):
+    """Keeps what it computed from its own weights in an attribute, a buffer, a list and a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.make = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 6)
+        self.a, self.out = nn.Linear(5, 6), nn.Linear(6, 2)
+        self.attribute: torch.Tensor | None = None
+        self.register_buffer("buffer", None, persistent=False)
+        self.several: list[torch.Tensor] = []
+        self.named: dict[str, tuple[torch.Tensor]] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.attribute is None:
+            self.attribute = self.make(self.table).mean(0)
+            self.buffer = self.make(self.table).amax(0)
+            self.several.append(self.make(self.table).sum(0))
+            self.named["first"] = (self.make(self.table).amin(0),)
+        kept = self.attribute + self.buffer * self.several[0] - self.named["first"][0]
+        return self.out((self.a(x) * kept).relu())
+
+
+@torch.no_grad()
+def test_what_a_forward_keeps_is_neither_left_in_the_model_nor_carried_into_the_cut() -> None:
+    """Tracing computes no products: what it leaves in a model would be wrong from then on."""
+    torch.manual_seed(0)
+    model, x = Keeps().double().eval(), torch.randn(2, 5, dtype=torch.float64)
+    expected = copy.deepcopy(model)(x)
+    gated = prunegate.attach(model, x).eval()
+    assert model.attribute is None
+    assert model.buffer is None
+    assert not model.several
+    assert not model.named
+    torch.testing.assert_close(gated(x), expected)
+    torch.testing.assert_close(model(x), expected)
+    gated.mask = torch.tensor([True, False, True, True, False, False])
+    slim = gated.export()
+    torch.testing.assert_close(slim(x), gated(x))
+    assert slim.attribute.shape == slim.named["first"][0].shape == (3,)
