@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from prunegate.errors import PruneGateError
 from prunegate.tensors import fit_inputs
 
-__all__ = ["joined_inputs", "logits_of", "split_batch"]
+__all__ = ["Chunks", "logits_of", "split_batch"]
 
 
 def split_batch(batch: Any, model: nn.Module) -> tuple[Any, Any]:
@@ -37,24 +37,49 @@ def split_batch(batch: Any, model: nn.Module) -> tuple[Any, Any]:
     return fit_inputs(inputs, model), labels.to(device) if isinstance(labels, Tensor) else labels
 
 
-def joined_inputs(batches: Iterable[Any], model: nn.Module) -> Any:
-    """The inputs of all batches as one batch; labels are left out.
+class Chunks:
+    """The inputs of batches, several batches put together at a time, as often as they are wanted.
 
-    Raises:
-        PruneGateError: There is no batch, or they do not fit together.
+    Args:
+        batches: Inputs, or pairs of inputs and labels. An iterator, which gives them only once, is kept as a list.
+        model: What the inputs are for.
+        at_once: How many images (lengths of the first dimension) a chunk has at most; a larger batch is one by itself.
     """
-    parts = [tree_flatten(split_batch(batch, model)[0]) for batch in batches]
-    if not parts:
-        raise PruneGateError("batches= is empty; expected an iterable with at least one batch of inputs")
-    layout = parts[0][1]
-    if any(other != layout for _, other in parts):
-        raise PruneGateError("the batches differ in kind; expected all of them to be like the first")
-    try:
-        leaves = [torch.cat(leaf) if isinstance(leaf[0], Tensor) else leaf[0]
-                  for leaf in zip(*(leaves for leaves, _ in parts), strict=True)]  # fmt: skip
-    except RuntimeError as error:
-        raise PruneGateError(f"the batches cannot be put together: {error}; give inputs of one size") from error
-    return tree_unflatten(leaves, layout)
+
+    def __init__(self, batches: Iterable[Any], model: nn.Module, at_once: int) -> None:
+        self._batches = list(batches) if isinstance(batches, Iterator) else batches
+        self._model = model
+        self._at_once = at_once
+
+    def __iter__(self) -> Iterator[Any]:
+        waiting: list[Any] = []
+        size = 0
+        for batch in self._batches:
+            inputs = split_batch(batch, self._model)[0]
+            length = max((leaf.shape[0] for leaf in tree_leaves(inputs) if _is_batched(leaf)), default=1)
+            if waiting and (size + length > self._at_once or _kind(inputs) != _kind(waiting[0])):
+                yield _joined(waiting)
+                waiting, size = [], 0
+            waiting.append(inputs)
+            size += length
+        if waiting:
+            yield _joined(waiting)
+
+
+def _is_batched(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0
+
+
+def _kind(inputs: Any) -> tuple[Any, ...]:
+    """What two batches must have in common to be put together."""
+    leaves, layout = tree_flatten(inputs)
+    return layout, *((leaf.shape[1:], leaf.dtype) if _is_batched(leaf) else repr(leaf) for leaf in leaves)
+
+
+def _joined(parts: list[Any]) -> Any:
+    layout = tree_flatten(parts[0])[1]
+    leaves = zip(*(tree_leaves(part) for part in parts), strict=True)
+    return tree_unflatten([torch.cat(leaf) if _is_batched(leaf[0]) else leaf[0] for leaf in leaves], layout)
 
 
 def logits_of(output: Any) -> Tensor:

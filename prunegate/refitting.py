@@ -3,11 +3,16 @@
 Every linear map that lost inputs is solved for once, in closed form, in the order of the forward: its inputs are those
 of the slim model with all earlier layers repaired, its targets the dense model's outputs (He et al., arXiv 1707.06168,
 section 3.1; Luo et al., arXiv 1707.06342). Batch norms that follow get new statistics. No labels are used.
+
+Inputs come in chunks. Where one chunk holds them all, each layer is solved for just before it runs, in a single pass;
+otherwise a layer takes a pass of its own, in which its normal equations are summed, chunk by chunk: memory is that of
+one chunk, whatever the number of inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from prunegate.batches import joined_inputs
+from prunegate.batches import Chunks
 from prunegate.errors import PruneGateError
-from prunegate.labels.trace import call_model
+from prunegate.labels.trace import call_model, describe_inputs
+from prunegate.least_squares import LINEAR, LinearCall, Moments, Normal
 from prunegate.slim.apply import plan_of
 from prunegate.tensors import named_tensors
 
@@ -26,7 +32,8 @@ __all__ = ["Refitted", "Repair", "refit"]
 
 _RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-9)  # from strong to weak
 _LEAST_GAIN = 1e-3  # relative; weights stay as they are where less can be had
-_PATCHES = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
+
+Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Repair:
 
 
 def refit(slim: nn.Module, dense: nn.Module, batches: Iterable[Any], *, norms: bool = True, rows: int = 16_384,
-          seed: int = 0) -> Repair:  # fmt: skip
+          at_once: int = 256, seed: int = 0) -> Repair:  # fmt: skip
     """Repairs a cut model in place: fits the consumers of what was removed, and re-estimates batch norms.
 
     For each layer ``min_W |X W - Y|^2 + ridge * |W - W_0|^2``, where ``X`` are its inputs in the slim model, ``Y`` the
@@ -74,11 +81,14 @@ def refit(slim: nn.Module, dense: nn.Module, batches: Iterable[Any], *, norms: b
     Args:
         slim: What was cut from ``dense``; changed in place.
         dense: The model before the cut, on the same device.
-        batches: Inputs (labels beside them are not looked at), a few hundred images or more. They run as one batch.
+        batches: Inputs (labels beside them are not looked at), a few hundred images or more: a list, a loader, or
+            anything else that can be iterated over again. An iterator is kept as a list.
         norms: Whether batch norms are re-estimated.
         rows: How many rows (positions of images, tokens) a layer is fitted on at most, at random; a layer with many
             inputs takes four for each of them.
-        seed: Of that choice.
+        at_once: How many images run together at most (a larger batch is not divided). Up to this many in all, one pass
+            over the layers does; with more, memory stays what it is, and each layer and batch norm takes a pass.
+        seed: Of the choice of rows.
 
     Returns:
         What was done, layer by layer.
@@ -97,27 +107,33 @@ def refit(slim: nn.Module, dense: nn.Module, batches: Iterable[Any], *, norms: b
         ('2.weight', True)
     """
     kept = _matching(slim, dense)
-    inputs = joined_inputs(batches, dense)
-    modes = [(module, module.training) for model in (slim, dense) for module in model.modules()]
-    try:
-        slim.eval()
-        dense.eval()
-        with torch.no_grad():
-            watch = _Watch(dense, kept, rows, seed)
-            with watch:
-                call_model(dense, inputs)
-            fitter = _Fitter(slim, watch, norms)
-            with fitter:
-                call_model(slim, inputs)
-    finally:
-        for module, training in modes:
-            module.training = training
-    repair = fitter.repair
-    wanted = [name for name, dims in kept.items() if 1 in dims and fitter.is_weight(name)]
+    chunks = Chunks(batches, dense, at_once)
+    number = sum(1 for _ in chunks)
+    if not number:
+        raise PruneGateError("batches= is empty; expected an iterable with at least one batch of inputs")
+    repair = Repair()
+    rule = _Rule(kept, rows, number, norms, torch.Generator().manual_seed(seed))
+    with torch.no_grad(), _evaluated(slim, dense):
+        dense_side = _Dense(dense, rule)
+        _run(dense, next(iter(chunks)), dense_side)
+        jobs = {name: dense_side.job(name) for name in dense_side.found}
+        if number == 1:
+
+            def repair_now(name: str, call: Any) -> None:
+                jobs[name].add(dense_side.found[name], call)
+                jobs[name].settle(repair)
+
+            _run(slim, next(iter(chunks)), _Slim(slim, jobs, repair_now))
+        else:
+            for name, job in jobs.items():
+                for inputs in chunks:
+                    _sum_up(job, name, slim, dense, inputs, dense_side)
+                job.settle(repair)
+    weights = {name for name, tensor, own in named_tensors(slim) if own and tensor.dim() > 1}
     done = {layer.name for layer in repair.layers}
-    for name in wanted:
-        if name not in done:
-            repair.skipped.setdefault(name, watch.skipped.get(name, "no linear map or convolution reads it"))
+    for name, dims in kept.items():
+        if 1 in dims and name in weights and name not in done:
+            repair.skipped[name] = dense_side.skipped.get(name, "no linear map or convolution reads it")
     if not repair.layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(repair.skipped.items())[:3])
         raise PruneGateError(f"no layer of {type(slim).__name__} could be fitted ({why or 'none lost inputs'})")
@@ -141,137 +157,143 @@ def _matching(slim: nn.Module, dense: nn.Module) -> dict[str, Mapping[int, tuple
     return {name: dims for name, dims in plan.kept.items()}
 
 
+@contextlib.contextmanager
+def _evaluated(*models: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Reached(BaseException):
+    """The call that a pass is about has run: what follows it does not matter. No error, so none catches it."""
+
+
+def _run(model: nn.Module, inputs: Any, mode: TorchFunctionMode) -> None:
+    try:
+        with mode:
+            call_model(model, inputs)
+    except _Reached:
+        return
+    except RuntimeError as error:
+        raise PruneGateError(
+            f"{type(model).__name__} cannot run on a batch of {describe_inputs(inputs)}: {error}"
+        ) from error
+
+
+def _sum_up(job: _Fit | _Follow, name: str, slim: nn.Module, dense: nn.Module, inputs: Any, side: _Dense) -> None:
+    """Adds one chunk to a job: both models run up to its call and no further."""
+    side.only = name
+    side.found.clear()
+    _run(dense, inputs, side)
+
+    def add(_: str, call: Any) -> None:
+        job.add(side.found[name], call)
+        raise _Reached
+
+    if name in side.found:
+        _run(slim, inputs, _Slim(slim, (name,), add))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is fitted, and on how much."""
+
+    kept: Kept
+    rows: int
+    chunks: int
+    norms: bool
+    generator: torch.Generator
+
+
 @dataclass
 class _Target:
     """What the dense model's layer computed: rows of outputs, at places that the slim model's are taken from too."""
 
     places: Tensor
     outputs: Tensor
-    normed: bool = False
 
 
-@dataclass
-class _Statistics:
-    """Mean and variance of a batch norm's inputs in the dense model."""
+class _Dense(TorchFunctionMode):
+    """Takes from the dense model what its layers compute.
 
-    mean: Tensor
-    variance: Tensor
-
-
-class _Linear:
-    """A call of a linear map or a convolution, its inputs as rows of a matrix.
-
-    Inputs are seen as the function sees them, so padding that a module does by itself is in them.
+    Attributes:
+        only: The one name to look for; then the run ends there. ``None`` finds all, in the order of the forward.
+        found: Targets of linear maps by the names of their weights, moments of batch norms' inputs by those of their
+            running means.
+        skipped: Names that cannot be fitted, and why.
     """
 
-    def __init__(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        self.input: Tensor = given["input"]
-        self.weight: Tensor = given["weight"]
-        self.bias: Tensor | None = given.get("bias")
-        self.spatial = _PATCHES.get(name, 0)
-        self.groups: int = given.get("groups", 1) if self.spatial else 1
-        if self.spatial:
-            self.stride, self.dilation = self._each(given.get("stride", 1)), self._each(given.get("dilation", 1))
-            padding = given.get("padding", 0)
-            if padding == "same":
-                total = [d * (k - 1) for d, k in zip(self.dilation, self.weight.shape[2:], strict=True)]
-                self.padding = [(t // 2, t - t // 2) for t in total]
-            else:
-                self.padding = [(p, p) for p in self._each(0 if padding == "valid" else padding)]
-
-    def _each(self, value: Any) -> list[int]:
-        values = [value] if isinstance(value, int) else list(value)
-        return values * self.spatial if len(values) == 1 else values
-
-    def outputs(self, out: Tensor) -> Tensor:
-        """The outputs as rows ``[rows, channels]``, image by image."""
-        return out.movedim(1, -1).flatten(0, -2) if self.spatial else out.flatten(0, -2)
-
-    def inputs(self, places: Tensor) -> Tensor:
-        """The inputs of the given rows, ``[groups, rows, inputs of one output]``."""
-        if not self.spatial:
-            return self.input.flatten(0, -2)[places][None]
-        padded = F.pad(self.input, [side for pair in reversed(self.padding) for side in pair])
-        kernel = self.weight.shape[2:]
-        patches = padded
-        for dim, (size, step, dilation) in enumerate(zip(kernel, self.stride, self.dilation, strict=True), start=2):
-            patches = patches.unfold(dim, dilation * (size - 1) + 1, step)[..., ::dilation]
-        # A view of all patches, [batch, channels, *places, *kernel], of which only the wanted ones are read.
-        sites = patches.shape[2 : 2 + self.spatial]
-        index, rest = [], places
-        for size in reversed(sites):
-            index.append(rest % size)
-            rest = rest // size
-        taken = patches.movedim(1, self.spatial + 1)[(rest, *reversed(index))]  # [rows, channels, *kernel]
-        return taken.unflatten(1, (self.groups, -1)).flatten(2).movedim(1, 0)
-
-    def flat_weight(self) -> Tensor:
-        """The weight as ``[groups, inputs, outputs]``."""
-        return self.weight.detach().flatten(1).unflatten(0, (self.groups, -1)).transpose(1, 2)
-
-
-_LINEAR = frozenset({"linear", *_PATCHES})
-
-
-class _Watch(TorchFunctionMode):
-    """Records what the dense model's layers compute."""
-
-    def __init__(self, model: nn.Module, kept: Mapping[str, Mapping[int, tuple[int, ...]]], rows: int,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, rule: _Rule) -> None:
         super().__init__()
-        self.kept = kept
-        self.rows = rows
-        self.generator = torch.Generator().manual_seed(seed)
-        self.targets: dict[str, _Target] = {}
-        self.statistics: dict[str, _Statistics] = {}
+        self.only: str | None = None
+        self.found: dict[str, _Target | Moments] = {}
         self.skipped: dict[str, str] = {}
+        self._rule = rule
+        self._normed: set[str] = set()
         self._names = {id(tensor): name for name, tensor, _ in named_tensors(model)}
         self._last: tuple[str, Tensor] | None = None
+
+    def job(self, name: str) -> _Fit | _Follow:
+        """What sums up a name's chunks."""
+        if isinstance(self.found.get(name), Moments):
+            return _Follow(name)
+        return _Fit(name, name in self._normed)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         called = getattr(func, "__name__", "")
-        if called in _LINEAR:
-            self._on_linear(_Linear(called, args, kwargs), out)
-        elif called == "batch_norm":
-            self._on_norm(*_norm_arguments(func, args, kwargs))
+        if called in LINEAR:
+            self._on_linear(LinearCall(called, args, kwargs), out)
+        elif called == "batch_norm" and self._rule.norms:
+            self._on_norm(*_norm_arguments(func, args, kwargs)[:2])
         return out
 
-    def _on_linear(self, call: _Linear, out: Tensor) -> None:
-        name = self._names.get(id(call.weight))
-        if name is None or 1 not in self.kept.get(name, {}):
-            return
-        if name in self.targets or name in self.skipped:
-            self.targets.pop(name, None)
+    def _wants(self, name: str | None) -> bool:
+        if name is None or (self.only is not None and name != self.only):
+            return False
+        if name in self.found or name in self.skipped:
+            self.found.pop(name, None)
             self.skipped[name] = "it is used more than once"
-            return
-        values = call.outputs(out)
-        wanted = max(self.rows, 4 * call.weight[0].numel())
-        places = torch.randperm(len(values), generator=self.generator)[:wanted].sort().values.to(out.device)
-        values = values[places]
-        if 0 in self.kept[name]:
-            values = values[:, torch.tensor(self.kept[name][0], device=out.device)]
-        self.targets[name] = _Target(places, values)
-        self._last = (name, out)
+            return False
+        return True
 
-    def _on_norm(self, inputs: Tensor, mean_kept: Tensor | None, variance_kept: Tensor | None) -> None:
+    def _keep(self, name: str, what: _Target | Moments) -> None:
+        self.found[name] = what
+        if self.only is not None:
+            raise _Reached
+
+    def _on_linear(self, call: LinearCall, out: Tensor) -> None:
+        name = self._names.get(id(call.weight))
+        dims = self._rule.kept.get(name or "", {})
+        if 1 not in dims or not self._wants(name):
+            return
+        assert name is not None
+        self._last = (name, out)
+        values = call.outputs(out)
+        wanted = max(self._rule.rows, 4 * call.weight[0].numel())
+        share = -(-wanted // self._rule.chunks)
+        places = torch.randperm(len(values), generator=self._rule.generator)[:share].sort().values.to(out.device)
+        values = values[places]
+        self._keep(name, _Target(places, values[:, _index(dims[0], out)] if 0 in dims else values))
+
+    def _on_norm(self, inputs: Tensor, mean_kept: Tensor | None) -> None:
         if self._last is not None and inputs is self._last[1]:
-            self.targets[self._last[0]].normed = True
+            self._normed.add(self._last[0])
         name = self._names.get(id(mean_kept))
-        if name is None:
-            return
-        if name in self.statistics or name in self.skipped:
-            self.statistics.pop(name, None)
-            self.skipped[name] = "it is used more than once"
-            return
-        mean, variance = _moments(inputs)
-        if 0 in self.kept.get(name, {}):
-            index = torch.tensor(self.kept[name][0], device=mean.device)
-            mean, variance = mean[index], variance[index]
-        self.statistics[name] = _Statistics(mean, variance)
+        if self._wants(name):
+            assert name is not None
+            moments, dims = Moments.of(inputs), self._rule.kept.get(name, {})
+            self._keep(name, moments[_index(dims[0], inputs)] if 0 in dims else moments)
+
+
+def _index(kept: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(kept, device=like.device)
 
 
 def _norm_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -283,133 +305,101 @@ def _norm_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return given["input"], given.get("running_mean"), given.get("running_var")
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel (dimension 1), float64."""
-    dims = [dim for dim in range(x.dim()) if dim != 1]
-    variance, mean = torch.var_mean(x.double(), dims, correction=0)
-    return mean, variance
+class _Slim(TorchFunctionMode):
+    """Shows the slim model's calls of some names to a function, just before each runs."""
 
-
-class _Fitter(TorchFunctionMode):
-    """Fits each layer just before it runs, so that later ones see what the repaired one computes."""
-
-    def __init__(self, model: nn.Module, watch: _Watch, norms: bool) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], show: Callable[[str, Any], None]) -> None:
         super().__init__()
-        self.repair = Repair()
-        self._watch = watch
-        self._norms = norms
+        self._wanted = set(names)
+        self._show = show
         self._names = {id(tensor): name for name, tensor, _ in named_tensors(model)}
-        self._weights = {name for name, tensor, own in named_tensors(model) if own and tensor.dim() > 1}
-
-    def is_weight(self, name: str) -> bool:
-        """Whether a name is that of a parameter with inputs."""
-        return name in self._weights
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         called = getattr(func, "__name__", "")
-        if called in _LINEAR:
-            call = _Linear(called, args, kwargs)
-            name = self._names.get(id(call.weight), "")
-            if name in self._watch.targets:
-                with torch._C.DisableTorchFunction():
-                    self.repair.layers.append(_solve(name, call, self._watch.targets[name]))
-        elif called == "batch_norm" and self._norms:
-            inputs, mean, variance = _norm_arguments(func, args, kwargs)
-            name = self._names.get(id(mean), "")
-            if name in self._watch.statistics:
-                with torch._C.DisableTorchFunction():
-                    self._follow(name, inputs, mean, variance)
+        call: Any = None
+        if called in LINEAR:
+            call = LinearCall(called, args, kwargs)
+            name = self._names.get(id(call.weight))
+        elif called == "batch_norm":
+            call = _norm_arguments(func, args, kwargs)
+            name = self._names.get(id(call[1]))
+        if call is not None and name in self._wanted:
+            with torch._C.DisableTorchFunction():
+                self._show(name, call)
         return func(*args, **kwargs)
 
-    def _follow(self, name: str, inputs: Tensor, mean: Tensor, variance: Tensor) -> None:
-        there = self._watch.statistics[name]
-        mean_here, variance_here = _moments(inputs)
-        mean.add_((mean_here - there.mean).to(mean.dtype))
-        ratio = torch.where(there.variance > 0, variance_here / there.variance, torch.ones_like(variance_here))
-        variance.mul_(ratio.to(variance.dtype))
-        self.repair.norms.append(name.rpartition(".")[0])
+
+class _Follow:
+    """A batch norm whose statistics move as those of its inputs moved."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._there: Moments | None = None
+        self._here: Moments | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def add(self, target: Any, call: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Sums up one chunk, given the moments in the dense model."""
+        here = Moments.of(call[0])
+        self._there = target if self._there is None else self._there + target
+        self._here = here if self._here is None else self._here + here
+        self._buffers = call[1:]
+
+    def settle(self, repair: Repair) -> None:
+        """Moves the statistics."""
+        if self._buffers is None or self._there is None or self._here is None:
+            return
+        mean, variance = self._buffers
+        mean.add_((self._here.mean - self._there.mean).to(mean.dtype))
+        there, here = self._there.variance, self._here.variance
+        variance.mul_(torch.where(there > 0, here / there, torch.ones_like(here)).to(variance.dtype))
+        repair.norms.append(self._name.rpartition(".")[0])
 
 
-def _solve(name: str, call: _Linear, target: _Target) -> Refitted:
-    """Solves for one layer's weights, and puts them in."""
-    inputs = call.inputs(target.places).double()
-    outputs = target.outputs.double().unflatten(1, (call.groups, -1)).movedim(1, 0)
-    old = call.flat_weight().double()
-    shifted = call.bias is not None or target.normed
-    # Rows are in the order of the images: the halves share none but the one in the middle.
-    halves = [slice(0, len(target.places) // 2), slice(len(target.places) // 2, None)]
-    bias = None if call.bias is None else call.bias.detach().double().unflatten(0, (call.groups, -1))
-    parts = [_Normal.of(inputs[:, half], outputs[:, half], shifted) for half in halves]
-    whole = _Normal.of(inputs, outputs, shifted)
-    scale = max(whole.spread, 1e-300)
-    before = sum(part.error(old, None if target.normed else bias) for part in parts) / scale
-    best, chosen = before * (1 - _LEAST_GAIN), float("inf")
-    for ridge in _RIDGES:
-        error = sum(b.error(*a.solve(old, ridge)) for a, b in (parts, parts[::-1])) / scale
-        if error < best:
-            best, chosen = error, ridge
-        elif chosen != float("inf"):  # past the best: each further one would cost a factorisation
-            break
-    if chosen == float("inf"):
-        return Refitted(name, before, before, chosen)
-    weight, moved = whole.solve(old, chosen)
-    call.weight.copy_(weight.transpose(1, 2).flatten(0, 1).view(call.weight.shape))
-    if call.bias is not None and moved is not None:
-        call.bias.copy_(moved.flatten())
-    return Refitted(name, before, best, chosen)
+class _Fit:
+    """The weights of one layer, from normal equations of two halves of the rows."""
 
+    def __init__(self, name: str, normed: bool) -> None:
+        self._name = name
+        self._normed = normed
+        self._parts: list[Normal | None] = [None, None]
+        self._call: LinearCall | None = None
 
-@dataclass
-class _Normal:
-    """The normal equations of one part of the rows, for each group.
+    def add(self, target: Any, call: LinearCall) -> None:
+        """Sums up one chunk, given what the dense model's layer computed."""
+        inputs = call.inputs(target.places).double()
+        outputs = target.outputs.double().unflatten(1, (call.groups, -1)).movedim(1, 0)
+        shifted = call.bias is not None or self._normed
+        # Rows are in the order of the images: the halves share none but the one in the middle.
+        middle = len(target.places) // 2
+        for side, half in enumerate((slice(0, middle), slice(middle, None))):
+            if inputs[:, half].numel():
+                part, before = Normal.of(inputs[:, half], outputs[:, half], shifted), self._parts[side]
+                self._parts[side] = part if before is None else before + part
+        self._call = call
 
-    Attributes:
-        gram: ``[groups, inputs, inputs]``, of inputs less their mean where there is a shift.
-        cross: ``[groups, inputs, outputs]``, likewise.
-        spread: Sum of the outputs' squares about their mean.
-        square: Sum of the squares of ``outputs`` (less their mean where there is a shift).
-        mean_in: ``[groups, 1, inputs]``; 0 where there is no shift.
-        mean_out: ``[groups, 1, outputs]``, likewise.
-        rows: Number of rows.
-        shifted: Whether a bias, or a batch norm's mean, takes any shift.
-    """
-
-    gram: Tensor
-    cross: Tensor
-    spread: float
-    square: float
-    mean_in: Tensor
-    mean_out: Tensor
-    rows: int
-    shifted: bool
-
-    @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor, shifted: bool) -> _Normal:
-        """From rows ``[groups, rows, inputs]`` and ``[groups, rows, outputs]``."""
-        spread = float((outputs - outputs.mean(1, keepdim=True)).square().sum())
-        mean_in, mean_out = inputs.mean(1, keepdim=True), outputs.mean(1, keepdim=True)
-        if not shifted:
-            mean_in, mean_out = torch.zeros_like(mean_in), torch.zeros_like(mean_out)
-        x, y = inputs - mean_in, outputs - mean_out
-        gram, cross = x.transpose(1, 2) @ x, x.transpose(1, 2) @ y
-        return cls(gram, cross, spread, float(y.square().sum()), mean_in, mean_out, inputs.shape[1], shifted)
-
-    def solve(self, old: Tensor, ridge: float) -> tuple[Tensor, Tensor | None]:
-        """Weights ``[groups, inputs, outputs]`` and the shift ``[groups, outputs]`` that goes with them."""
-        size = self.gram.shape[-1]
-        pull = ridge * self.gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-300)
-        eye = torch.eye(size, dtype=self.gram.dtype, device=self.gram.device)
-        system = self.gram + pull[:, None, None] * eye
-        factor = torch.linalg.cholesky_ex(system)[0]
-        weight = old + torch.cholesky_solve(self.cross - self.gram @ old, factor)
-        shift = (self.mean_out - self.mean_in @ weight).squeeze(1) if self.shifted else None
-        return weight, shift
-
-    def error(self, weight: Tensor, shift: Tensor | None) -> float:
-        """Sum of squared errors of the rows; the best shift is taken where there is one but none is given."""
-        fit = (weight * (self.gram @ weight - 2 * self.cross)).sum()
-        value = self.square + float(fit)
-        if self.shifted and shift is not None:
-            value += self.rows * float((self.mean_out - self.mean_in @ weight - shift[:, None]).square().sum())
-        return max(value, 0.0)
+    def settle(self, repair: Repair) -> None:
+        """Solves for the weights, and puts them in where they do better on the half that they were not fitted on."""
+        parts, call = [part for part in self._parts if part is not None], self._call
+        if call is None or len(parts) < 2:
+            return
+        old, whole = call.flat_weight().double(), parts[0] + parts[1]
+        bias = None if call.bias is None else call.bias.detach().double().unflatten(0, (call.groups, -1))
+        scale = max(whole.spread, 1e-300)
+        before = sum(part.error(old, None if self._normed else bias) for part in parts) / scale
+        best, chosen = before * (1 - _LEAST_GAIN), float("inf")
+        for ridge in _RIDGES:
+            error = sum(b.error(*a.solve(old, ridge)) for a, b in (parts, parts[::-1])) / scale
+            if error < best:
+                best, chosen = error, ridge
+            elif chosen != float("inf"):  # past the best: each further one would cost a factorisation
+                break
+        if chosen == float("inf"):
+            repair.layers.append(Refitted(self._name, before, before, chosen))
+            return
+        weight, moved = whole.solve(old, chosen)
+        call.weight.copy_(weight.transpose(1, 2).flatten(0, 1).view(call.weight.shape))
+        if call.bias is not None and moved is not None:
+            call.bias.copy_(moved.flatten())
+        repair.layers.append(Refitted(self._name, before, best, chosen))

@@ -53,6 +53,7 @@ LAYERS = (
     "scores",
     "oneshot",
     "transfer",
+    "least_squares",
     "refitting",
     "rederive",
     "builders",

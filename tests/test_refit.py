@@ -89,6 +89,66 @@ def test_the_solution_is_that_of_least_squares() -> None:
     assert repair.layers[0].after < repair.layers[0].before
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["bias", "batch norm"])
+@pytest.mark.parametrize("at_once", [60, 16, 1])
+def test_chunks_give_what_all_inputs_at_once_give(at_once: int, normed: bool) -> None:
+    """Against the formula on all rows together, with the ridge that was chosen; batches are of unequal sizes."""
+    net = models.randomise(Net(norm=normed, bias=not normed, stride=2)).eval()
+    x = torch.randn(60, 3, 8, 8, dtype=torch.float64)
+    slim = cut(net, [1, 4], x[:1])
+    old = slim.second.weight.detach().clone()
+    rows = F.unfold(slim.first(x), 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1).detach()
+    wanted = net.second(net.first(x)).movedim(1, -1).flatten(0, -2).detach()
+    batches = [x[:25], (x[25:40], torch.zeros(15)), x[40:]]
+    repair = prunegate.refit(slim, net, batches, at_once=at_once)
+    ridge = repair.layers[0].ridge
+    assert 0 < ridge < 1
+    centred, outputs = rows - rows.mean(0), wanted - wanted.mean(0)
+    gram = centred.T @ centred
+    pull = ridge * gram.diagonal().mean()
+    flat = old.flatten(1).T
+    exact = torch.linalg.solve(gram + pull * torch.eye(len(gram)), centred.T @ outputs + pull * flat)
+    torch.testing.assert_close(slim.second.weight.detach().flatten(1).T, exact, rtol=1e-6, atol=1e-7)
+    here = rows @ exact
+    if normed:
+        moved = net.norm.running_mean + here.mean(0) - wanted.mean(0)
+        torch.testing.assert_close(slim.norm.running_mean, moved, rtol=1e-6, atol=1e-7)
+        ratio = here.var(0, correction=0) / wanted.var(0, correction=0)
+        torch.testing.assert_close(slim.norm.running_var, net.norm.running_var * ratio, rtol=1e-6, atol=1e-7)
+    else:
+        torch.testing.assert_close(slim.second.bias.detach(), wanted.mean(0) - here.mean(0), rtol=1e-6, atol=1e-7)
+
+
+def test_a_network_is_repaired_alike_in_one_pass_and_in_many() -> None:
+    torch.manual_seed(0)
+    net = models.timm.create_model("test_resnet", num_classes=10).double().eval()
+    x = torch.randn(48, 3, 32, 32, dtype=torch.float64)
+    one = prunegate.one_shot(net, x[:1], flops=0.6)
+    many = copy.deepcopy(one)
+    all_rows = {"rows": 10**6}
+    first = prunegate.refit(one, net, [x], **all_rows)
+    second = prunegate.refit(many, net, (part for part in x.split(12)), at_once=12, **all_rows)
+    assert [layer.name for layer in first.layers] == [layer.name for layer in second.layers]
+    assert first.norms == second.norms
+    with torch.no_grad():
+        wanted, a, b = net(x), one(x), many(x)
+    # The halves on which ridges are chosen differ, so equal to a little only.
+    assert (a - b).square().mean() < 0.05 * (a - wanted).square().mean()
+
+
+def test_memory_is_that_of_one_chunk() -> None:
+    """No call of either model ever sees more images than a chunk has."""
+    net = models.randomise(Net(norm=True)).eval()
+    x = torch.randn(40, 3, 8, 8, dtype=torch.float64)
+    slim = cut(net, [5], x[:1])
+    seen: list[int] = []
+    for model in (net, slim):
+        model.first.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    prunegate.refit(slim, net, x.split(4), at_once=8)
+    assert max(seen) == 8
+    assert sum(seen) >= 2 * 2 * 40  # a pass for the layer and one for the batch norm, of both models
+
+
 def test_few_inputs_do_no_harm() -> None:
     """Fewer rows than unknowns: what was not seen is not made up."""
     net = models.randomise(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3))).eval()
@@ -150,7 +210,7 @@ def test_bad_input() -> None:
         ((slim, slim, [x]), "was cut itself"),
         ((slim, other, [x]), "pass the model that was cut"),
         ((slim, net, []), "batches= is empty"),
-        ((slim, net, [x, x[:, :3]]), "cannot be put together"),
+        ((slim, net, [x, x[:, :3]]), "cannot run on a batch of"),
     ):
         with pytest.raises(prunegate.PruneGateError, match=words):
             prunegate.refit(*arguments)
