@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prunegate.errors import AttachError
 
@@ -114,6 +116,10 @@ class Choice(nn.Module):
         """The output of operator ``index`` alone."""
         return self.operators[index](*args, **kwargs)
 
+    def run_scaled(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], factor: Tensor) -> Any:
+        """The output of operator ``index`` alone, times a factor, a tensor of no dimensions."""
+        return tree_map(partial(_scaled, factor=factor), self.run(index, args, kwargs))
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the chosen operator; in a gated copy, what its gate says."""
         conductor = _CONDUCTOR.get() or self.__dict__.get(_ROUTE)
@@ -143,3 +149,7 @@ class Choice(nn.Module):
     def extra_repr(self) -> str:
         """What is shown of the choice."""
         return f"names={list(self.names)}" + ("" if self.key is None else f", key={self.key!r}")
+
+
+def _scaled(leaf: Any, factor: Tensor) -> Any:
+    return leaf * factor.to(leaf.dtype) if isinstance(leaf, Tensor) else leaf

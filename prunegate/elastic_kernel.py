@@ -77,22 +77,34 @@ class Kernel(Choice):
 
     def run(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The convolution with kernel ``index`` alone."""
+        if not index:
+            return self.conv(*args, **kwargs)
         return self._convolved(index, *args, **kwargs)
 
-    def _convolved(self, index: int, input: Tensor) -> Any:
+    def run_scaled(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any], factor: Tensor) -> Any:
+        """The convolution with weight and bias times a factor: its output need not be kept for that."""
+        return self._scaled(index, factor, *args, **kwargs)
+
+    def _scaled(self, index: int, factor: Tensor, input: Tensor) -> Any:
+        return self._convolved(index, input, factor)
+
+    def _convolved(self, index: int, input: Tensor, factor: Tensor | None = None) -> Any:
         cut = (self.sizes[0] - self.sizes[index]) // 2
-        if not cut:
-            return self.conv(input)
-        weight = self.conv.weight[(..., *(slice(cut, -cut) for _ in self.conv.kernel_size))]
+        weight, bias = self.conv.weight, self.conv.bias
+        if cut:
+            weight = weight[(..., *(slice(cut, -cut) for _ in self.conv.kernel_size))]
+        if factor is not None:
+            weight = weight * factor.to(weight.dtype)
+            bias = None if bias is None else bias * factor.to(bias.dtype)
         padding = self._padding(index)
         # The number of groups is read where it is used: a cut changes it, and looks for it there.
         if len(padding) == 1:
-            return F.conv1d(input, weight, self.conv.bias, self.conv.stride, padding, self.conv.dilation,
+            return F.conv1d(input, weight, bias, self.conv.stride, padding, self.conv.dilation,
                             self.conv.groups)  # fmt: skip
         if len(padding) == 2:
-            return F.conv2d(input, weight, self.conv.bias, self.conv.stride, padding, self.conv.dilation,
+            return F.conv2d(input, weight, bias, self.conv.stride, padding, self.conv.dilation,
                             self.conv.groups)  # fmt: skip
-        return F.conv3d(input, weight, self.conv.bias, self.conv.stride, padding, self.conv.dilation,
+        return F.conv3d(input, weight, bias, self.conv.stride, padding, self.conv.dilation,
                         self.conv.groups)  # fmt: skip
 
     def _padding(self, index: int) -> tuple[int, ...]:

@@ -169,6 +169,7 @@ class Gates(nn.Module):
             gates = self._hard().to(soft.dtype) + (soft - soft.detach())
         if self.operators is not None:
             self._draw_operators(self.operators, training)
+            gates = self.operators.put(gates, self.sample.routes or {})
         padded = torch.cat([gates, gates.new_ones(1)])
         pieces = padded.index_select(0, self.index).split(self._sizes)
         self.sample.pieces = tuple(piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunegate.gates import Gates, Sample
 from prunegate.groups import GateMap
+from prunegate.labels.endings import endings
 from prunegate.labels.record import Call
 from prunegate.labels.trace import Trace
 from prunegate.masked import MASKED_CALLS
@@ -97,7 +98,15 @@ def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace,
         # A line that always does the same needs no count of its executions.
         wraps[place] = GatedCall(sample, turns[:1] if len(set(turns)) == 1 else turns, masked)
     wrap_calls(running, wraps)
-    route_choices(running, trace, sample)
+    if operators is not None:
+        acting_at = endings(trace)
+        route_choices(running, trace, sample, acting_at)
+        for run in trace.runs:
+            for index, ending in enumerate(acting_at[run.site]):
+                for full in ending.parameters:
+                    owner, _, name = full.rpartition(".")
+                    gate = torch.tensor([gate_map.choices[run.name].start + index])
+                    _gate_parameter(running.get_submodule(owner), name, pieces.at(gate), sample)
     return Gates(gate_map.n_gates, pieces.gates, sample, gate_map.start(), operators)
 
 
@@ -132,7 +141,10 @@ class _Pieces:
 
     def of(self, plane: Tensor) -> int:
         """The piece for a plane of labels."""
-        gates = self._of_label[plane]
+        return self.at(self._of_label[plane])
+
+    def at(self, gates: Tensor) -> int:
+        """The piece for gates."""
         key = (tuple(gates.shape), gates.numpy().tobytes())
         if key not in self._at:
             self._at[key] = len(self.gates)

@@ -19,6 +19,7 @@ from prunegate.groups import GateMap, Group
 from prunegate.gumbel import gumbel_softmax
 from prunegate.gumbel.philox import Philox
 from prunegate.gumbel.reference import gumbel_noise, philox_gumbel
+from prunegate.labels.endings import Ending
 from prunegate.labels.paths import Path, paths_of_modules
 from prunegate.labels.trace import Trace
 
@@ -101,6 +102,11 @@ class OperatorSampler:
         parts = mask[self.first :].to(torch.uint8).cpu().split(self.sizes)
         return {name: Route((int(part.argmax()),), None) for name, part in zip(self.names, parts, strict=True)}
 
+    def put(self, gates: Tensor, routes: Mapping[str, Route]) -> Tensor:
+        """The sample of all gates, ``[n_gates]``, with the operators' weights where their gates stand."""
+        own = [weights for weights in (routes[name].weights for name in self.names) if weights is not None]
+        return torch.cat([gates[: self.first], *(own or [gates[self.first :].detach()])])
+
     def draw(self, logits: Tensor, tau: Tensor, generator: Philox | None = None) -> dict[str, Route]:
         """A random route through each choice.
 
@@ -131,11 +137,13 @@ class Conductor:
     Args:
         sample: Has the routes of the step.
         name: Name of the choice's gates.
+        kinds: Where the gate of each operator acts, see :mod:`prunegate.labels.endings`; on its output if left out.
     """
 
-    def __init__(self, sample: Any, name: str) -> None:
+    def __init__(self, sample: Any, name: str, kinds: Sequence[str] = ()) -> None:
         self.sample = sample
         self.name = name
+        self.kinds = tuple(kinds)
 
     def __call__(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The weighted sum of the outputs of the operators that run."""
@@ -147,8 +155,7 @@ class Conductor:
         total, weights = None, route.weights
         versions = _versions(args, kwargs)
         for index in sorted(route.running):
-            scale = partial(_scaled, weight=weights[index])
-            output = tree_map(scale, choice.run(index, args, kwargs))
+            output = self._weighted(choice, index, weights[index], args, kwargs, alone=len(route.running) == 1)
             total = output if total is None else tree_map(_added, total, output)
             if len(route.running) > 1 and _versions(args, kwargs) != versions:
                 raise AttachError(
@@ -157,24 +164,64 @@ class Conductor:
                 )
         return total
 
+    def _weighted(self, choice: Choice, index: int, weight: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
+                  alone: bool) -> Any:  # fmt: skip
+        """What one operator gives, times its weight, which is 1 where the operator runs alone."""
+        kind = self.kinds[index] if self.kinds else "output"
+        if kind == "input" and alone:
+            args, kwargs = tree_map(partial(_carried, weight=weight), (args, kwargs))
+        elif kind in ("input", "output"):
+            return choice.run_scaled(index, args, kwargs, weight)
+        return choice.run(index, args, kwargs)
+
+
+class _Carry(torch.autograd.Function):
+    """Its first argument, as the product with a factor that is 1: no copy, and nothing but the argument is kept."""
+
+    @staticmethod
+    def forward(value: Tensor, weight: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        value, weight = ctx.saved_tensors
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = torch.dot(gradient.reshape(-1), value.reshape(-1)).to(weight.dtype).reshape(weight.shape)
+        return gradient, of_weight
+
+
+def _carried(leaf: Any, weight: Tensor) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return _Carry.apply(leaf, weight) if weight.requires_grad else leaf
+
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
     return [leaf._version for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-
-
-def _scaled(leaf: Any, weight: Tensor) -> Any:
-    return leaf * weight.to(leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _added(a: Any, b: Any) -> Any:
     return a + b if isinstance(a, Tensor) else a
 
 
-def route_choices(running: Any, trace: Trace, sample: Any) -> None:
-    """Lets the gates' sample run the choices of a running copy."""
+def route_choices(running: Any, trace: Trace, sample: Any, kinds: Mapping[str, Sequence[Ending]]) -> None:
+    """Lets the gates' sample run the choices of a running copy.
+
+    Args:
+        running: A running copy of the traced model.
+        trace: The labelling.
+        sample: Has the routes of a step.
+        kinds: How the gates of each site act.
+    """
     for name, record in trace.choices.items():
         for site in record.sites:
-            running.get_submodule(site).set_route(Conductor(sample, name))
+            own = [ending.kind for ending in kinds.get(site, ())]
+            running.get_submodule(site).set_route(Conductor(sample, name, own))
 
 
 # ---------------------------------------------------------------------- what paths cost

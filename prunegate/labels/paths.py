@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from prunegate.choice import Choice
 from prunegate.errors import AttachError
 
-__all__ = ["ALL", "ChoiceRecord", "Path", "Paths", "find_choices", "is_active", "paths_of_modules"]
+__all__ = ["ALL", "ChoiceRecord", "Path", "Paths", "Run", "find_choices", "is_active", "paths_of_modules"]
 
 ALL = -1
 """In a path, stands for what adds up the operators' outputs; no cut model does that."""
@@ -35,6 +35,27 @@ class ChoiceRecord:
     name: str
     options: tuple[str, ...]
     sites: dict[str, Choice] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a choice in a trace.
+
+    Attributes:
+        name: The key or name of the choice.
+        site: Qualified name of the module.
+        path: Where it stands.
+        inputs: Its positional and keyword arguments.
+        outputs: What each operator gave.
+        total: Their sum, which the rest of the model saw.
+    """
+
+    name: str
+    site: str
+    path: Path
+    inputs: Any
+    outputs: list[Any]
+    total: Any
 
 
 def find_choices(model: nn.Module, ignore: Callable[[str], bool] = lambda name: False) -> dict[str, ChoiceRecord]:
@@ -71,10 +92,12 @@ class Paths:
 
     Attributes:
         current: Where the forward is.
+        runs: The choices that were run, in order.
     """
 
     def __init__(self, choices: Mapping[str, ChoiceRecord]) -> None:
         self.current: Path = ()
+        self.runs: list[Run] = []
         self._names = {id(module): (record.name, site)
                        for record in choices.values() for site, module in record.sites.items()}  # fmt: skip
 
@@ -100,7 +123,9 @@ class Paths:
             with self._on(name, index):
                 outputs.append(choice.run(index, args, kwargs))
         with self._on(name, ALL):
-            return _sum(outputs, choice, site)
+            total = _sum(outputs, choice, site)
+        self.runs.append(Run(name, site, self.current, (args, kwargs), outputs, total))
+        return total
 
 
 def _sum(outputs: list[Any], choice: Choice, site: str) -> Any:

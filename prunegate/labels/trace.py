@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from prunegate.choice import conducted
 from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
 from prunegate.labels.heads import label_inside_heads
-from prunegate.labels.paths import ChoiceRecord, Paths
+from prunegate.labels.paths import ChoiceRecord, Paths, Run
 from prunegate.labels.planes import compress, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
@@ -55,6 +55,7 @@ class Trace:
         outputs: Nodes of the model's outputs.
         modules: Qualified name of every module, by identity.
         choices: The choices all of whose operators were run, by name.
+        runs: Each run of one of them, every tensor replaced by its ``Node``.
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Trace:
     parameters: frozenset[str]
     outputs: list[Node] = field(default_factory=list)
     choices: Mapping[str, ChoiceRecord] = field(default_factory=dict)
+    runs: list[Run] = field(default_factory=list)
 
     @property
     def precision(self) -> torch.dtype:
@@ -272,13 +274,15 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
                     "the model expects."
                 ) from error
         outputs = list(nodes_in(to_nodes(output)))
+        runs = [replace(run, inputs=to_nodes(run.inputs), outputs=to_nodes(run.outputs), total=to_nodes(run.total))
+                for run in paths.runs]  # fmt: skip
     finally:
         for tensor in tagged:
             if hasattr(tensor, _NODE):
                 delattr(tensor, _NODE)
     result = Trace(
         model, algebra, tensors, aliases, changed, dispatch.nodes, dispatch.ops, record.calls,
-        modules, parameters, outputs, choices or {}
+        modules, parameters, outputs, choices or {}, runs
     )  # fmt: skip
     _settle(result)
     return result
