@@ -195,6 +195,27 @@ def test_paired_differences_are_those_of_a_paired_test() -> None:
     assert mean / error == pytest.approx(test.statistic)
 
 
+def test_the_best_peer_is_judged_on_the_seeds_that_both_have() -> None:
+    found = {"prunegate": {0: 80.0, 1: 82.0}, "torch-pruning a": {0: 79.0, 1: 80.0, 2: 99.0},
+             "torch-pruning b": {0: 78.0, 1: 81.5}, "kirigami": {0: 95.0}, "one-shot": {0: 99.0, 1: 99.0},
+             "torch-pruning c + distillation": {0: 99.0, 1: 99.0}}  # fmt: skip
+    assert report.best_peer(found) == "torch-pruning b"
+    assert report.best_peer({"prunegate": {0: 1.0}, "torch-pruning a": {1: 1.0}}) is None
+
+
+def test_the_summary_says_where_it_is_behind(tmp_path: Path) -> None:
+    rows = [{"network": "n", "budget": 1.0, "method": "dense", "seed": 0, "share": 1.0, "validation": 90.0}]
+    for budget, gain in ((0.5, -1.0), (0.3, 1.0), (0.15, 0.0)):
+        for seed in range(3):
+            for method, value in (("prunegate", 80.0 + gain), ("torch-pruning x", 80.0 + (-1) ** seed * 0.1)):
+                rows.append({"network": "n", "budget": budget, "method": method, "seed": seed, "share": budget,
+                             "before": 10.0, "validation": value})  # fmt: skip
+    report.write_report(rows, {}, tmp_path, {"steps": 3})
+    lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| n |")]
+    assert [line.split("|")[-2].strip() for line in lines] == ["behind", "ahead", "no difference shown"]
+    assert "-1.03 ± 0.07" in lines[0]
+
+
 def _run(tmp_path: Path, *more: str) -> None:
     compare.main(["--smoke", "--networks", "deit-small", "--budgets", "0.4", "--methods", "one-shot random",
                   "one-shot magnitude", "--output", str(tmp_path), *more])  # fmt: skip

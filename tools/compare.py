@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(dense_row)
         cell = Cell(NETWORKS[network], dense, share, seed, recipe, training, validation, method.endswith(_DISTILLED),
                     costs=costs[network, method, seed])  # fmt: skip
+        ours = _file(output, row | {"method": "prunegate"})
+        if ours.exists():
+            cell.found = torch.load(ours, weights_only=False)
         start = time.process_time()
         torch.manual_seed(seed)
         try:

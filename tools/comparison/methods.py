@@ -45,6 +45,7 @@ class Cell:
         distil: Whether the dense network teaches.
         options: For ``prunegate.Budget``, in place of its defaults.
         costs: What a peer's cuts of this network cost, as far as they were tried for other budgets.
+        found: The network that the gates left in this cell, if they have been run.
     """
 
     network: Network
@@ -57,6 +58,7 @@ class Cell:
     distil: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     costs: Costs = field(default_factory=dict)
+    found: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:
@@ -123,7 +125,7 @@ def _fine_tuned(model: nn.Module, cell: Cell, steps: int, teacher: nn.Module | N
 
 def _from_scratch(cell: Cell) -> Outcome:
     """The architecture that the gates found, with random weights, for as many steps as dense, search and tuning."""
-    found = _gates(cell).model
+    found = _gates(cell).model if cell.found is None else cell.found
     fresh = prunegate.apply_plan(cell.network.fresh(7000 + cell.seed), plan_of(found))
     return _fine_tuned(fresh, cell, cell.recipe.dense_steps + cell.recipe.steps, None)
 

@@ -113,7 +113,7 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
             pruner = tp.pruner.BasePruner(
                 model, example, importance, global_pruning=everywhere, pruning_ratio=1 - share,
                 max_pruning_ratio=highest,
-                ignored_layers=[model.get_classifier()], num_heads=heads, prune_num_heads=bool(heads),
+                ignored_layers=[_last_linear(model)], num_heads=heads, prune_num_heads=bool(heads),
                 prune_head_dims=not heads, head_pruning_ratio=head_share * (1 - share),
             )  # fmt: skip
             pruner.step()
@@ -173,6 +173,11 @@ def kirigami(dense: nn.Module, example: Tensor, most: float, batches: Iterable[t
         raise RuntimeError("no cut of this method reaches the budget")
     best.zero_grad()
     return best
+
+
+def _last_linear(model: nn.Module) -> nn.Module:
+    """The classifier: its outputs are classes."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
 
 def _runs(model: nn.Module, example: Tensor) -> bool:

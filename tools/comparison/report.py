@@ -10,6 +10,7 @@ from typing import Any
 __all__ = ["paired", "write_report"]
 
 _OURS = "prunegate"
+_PEERS = ("torch-pruning", "kirigami")
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int]:
@@ -20,6 +21,22 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
         return float("nan"), float("nan"), 0
     error = statistics.stdev(differences) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
     return statistics.mean(differences), error, len(seeds)
+
+
+def best_peer(found: dict[str, dict[int, float]]) -> str | None:
+    """The other library's method of greatest mean over the seeds that PruneGate has too; ``None`` without any.
+
+    Args:
+        found: Accuracies of one network at one budget, by method and seed. Methods with fewer seeds than others are
+            left out, for a lucky seed makes no best method.
+    """
+    seeds = found.get(_OURS, {}).keys()
+    common = {method: seeds & of_seed.keys() for method, of_seed in found.items()
+              if method.startswith(_PEERS) and " + " not in method}  # fmt: skip
+    most = max(map(len, common.values()), default=0)
+    means = {method: statistics.mean(found[method][seed] for seed in own)
+             for method, own in common.items() if own and len(own) == most}  # fmt: skip
+    return max(means, key=lambda method: means[method]) if means else None
 
 
 def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: Path, recipe: dict[str, Any]) -> None:
@@ -33,6 +50,7 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
     """
     values: dict[tuple[str, float], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     shares: dict[tuple[str, float, str], list[float]] = defaultdict(list)
+    befores: dict[tuple[str, float, str], list[float]] = defaultdict(list)
     failed: dict[tuple[str, str], str] = {}
     for row in rows:
         if "error" in row:
@@ -42,8 +60,12 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
         value = tested.get(name, float("nan")) if tested else row["validation"]
         values[row["network"], row["budget"]][row["method"]][row["seed"]] = value
         shares[row["network"], row["budget"], row["method"]].append(row["share"])
+        if "before" in row:
+            befores[row["network"], row["budget"], row["method"]].append(row["before"])
     what = "test" if tested else "validation"
-    lines = [f"Top-1 in per cent ({what}), mean over seeds; {', '.join(f'{k} {v}' for k, v in recipe.items())}.", ""]
+    lines = [f"Top-1 in per cent ({what}), mean over seeds; {', '.join(f'{k} {v}' for k, v in recipe.items())}.",
+             "Before: validation right after the cut; for PruneGate the weights have been through the search.", ""]
+    lines += _summary(values)
     for network in dict.fromkeys(network for network, _ in values):
         dense = values[network, 1.0].get("dense", {})
         longer = [row["longer"] - row["validation"] for row in rows if row["network"] == network and "longer" in row]
@@ -52,7 +74,7 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
         if dense:
             lines += [f"Dense: {statistics.mean(dense.values()):.2f} ({len(dense)} seeds); "
                       f"as many steps more: {gain:+.2f} (validation).", ""]  # fmt: skip
-        lines += ["| FLOPs | method | kept | top-1 | seeds | PruneGate minus this |", "|---|---|---|---|---|---|"]
+        lines += ["| FLOPs | method | kept | before | top-1 | seeds | PruneGate minus this |", "|---" * 7 + "|"]
         for budget in sorted({b for n, b in values if n == network and b < 1}, reverse=True):
             found = values[network, budget]
             for method in sorted(found, key=lambda m: -statistics.mean(found[m].values())):
@@ -61,8 +83,10 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
                 against = "" if method == reference or not seeds else f"{mean:+.2f} ± {error:.2f} ({seeds})"
                 share = statistics.mean(shares[network, budget, method])
                 shown = f"**{method}**" if method.startswith(_OURS) else method
-                lines.append(f"| {budget} | {shown} | {share:.3f} | {statistics.mean(found[method].values()):.2f} "
-                             f"| {len(found[method])} | {against} |")  # fmt: skip
+                before = statistics.mean(befores[network, budget, method])
+                top1 = statistics.mean(found[method].values())
+                lines.append(f"| {budget} | {shown} | {share:.3f} | {before:.1f} | {top1:.2f} | {len(found[method])} "
+                             f"| {against} |")  # fmt: skip
         lines.append("")
     if failed:
         lines += ["What could not be done:", ""]
@@ -70,6 +94,25 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
         lines.append("")
     (output / "table.md").write_text("\n".join(lines))
     _plot(values, output / "accuracy.png", what)
+
+
+def _summary(values: dict[tuple[str, float], dict[str, dict[int, float]]]) -> list[str]:
+    """One line a cell: how far PruneGate is from the best method of another library."""
+    lines = ["| network | FLOPs | PruneGate | best other library | its mean | difference | seeds | |", "|---" * 8 + "|"]
+    networks = list(dict.fromkeys(network for network, _ in values))
+    for network, budget in sorted(values, key=lambda key: (networks.index(key[0]), -key[1])):
+        found = values[network, budget]
+        peer = best_peer(found)
+        if budget == 1 or peer is None:
+            continue
+        mean, error, seeds = paired(found[_OURS], found[peer])
+        common = found[_OURS].keys() & found[peer].keys()
+        ours, theirs = (statistics.mean(found[method][seed] for seed in common) for method in (_OURS, peer))
+        verdict = "ahead" if mean > 2 * error else "behind" if mean < -2 * error else "no difference shown"
+        verdict = verdict if seeds > 1 else "one seed"
+        difference = f"{mean:+.2f} ± {error:.2f}"
+        lines.append(f"| {network} | {budget} | {ours:.2f} | {peer} | {theirs:.2f} | {difference} | {seeds} | {verdict} |")
+    return [*lines, "", "Ahead and behind: by more than two standard errors.", ""] if len(lines) > 2 else []
 
 
 def _plot(values: dict[tuple[str, float], dict[str, dict[int, float]]], path: Path, what: str) -> None:

