@@ -111,7 +111,8 @@ def _summary(values: dict[tuple[str, float], dict[str, dict[int, float]]]) -> li
         verdict = "ahead" if mean > 2 * error else "behind" if mean < -2 * error else "no difference shown"
         verdict = verdict if seeds > 1 else "one seed"
         difference = f"{mean:+.2f} ± {error:.2f}"
-        lines.append(f"| {network} | {budget} | {ours:.2f} | {peer} | {theirs:.2f} | {difference} | {seeds} | {verdict} |")
+        cells = (network, budget, f"{ours:.2f}", peer, f"{theirs:.2f}", difference, seeds, verdict)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", "Ahead and behind: by more than two standard errors.", ""] if len(lines) > 2 else []
 
 
