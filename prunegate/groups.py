@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,51 +149,62 @@ def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tu
         The groups, in the order in which their first units appear among the model's tensors, and the map of gates.
     """
     kinds = _kinds(trace)
-    roots = trace.labels.roots()
-    keys, own = [], []
+    roots = trace.labels.roots().numpy()
+    # Tensors that are pruned together often share a plane, which is then looked at once. Planes are told by identity,
+    # in order of the tensors; those of positions inside heads come last.
+    planes: dict[int, tuple[int, Tensor]] = {}
+    entries: list[tuple[str, int, int]] = []
+    found = [(node, plane) for node in trace.tensors.values() for plane in node.planes]
+    if trace.labels.has_inner:
+        found.sort(key=lambda each: trace.algebra.is_inner(each[1]))
+    for _, plane in found:
+        planes.setdefault(id(plane), (len(planes), plane))
     for name, node in trace.tensors.items():
         for plane in node.planes:
-            keys.append((name, next(iter(varying(plane)))))
-            own.append(plane.flatten())
-    sizes = [labels.numel() for labels in own]
-    positions = roots[torch.cat(own)] if own else roots[:0]
+            entries.append((name, next(iter(varying(plane))), planes[id(plane)][0]))
+    own = [plane.flatten().numpy() for _, plane in planes.values()]
+    sizes = [len(labels) for labels in own]
+    positions = roots[np.concatenate(own)] if own else roots[:0]
     # Classes with the same set of (tensor, dimension) keys have the same sum of the keys' random words. A class that
     # stands at several positions of one key is read and written there alike, so the word counts once.
-    words = torch.randint(1, 2**62, (len(keys),), generator=torch.Generator().manual_seed(0))
-    signature = torch.zeros(len(roots), dtype=torch.int64)
-    summed, at = signature.numpy(), positions.numpy()  # a thousand small steps: NumPy's take a third of the time
+    words = np.zeros(len(planes), dtype=np.uint64)
+    np.add.at(words, [at for _, _, at in entries],
+              np.random.default_rng(0).integers(1, 2**63, len(entries), dtype=np.uint64))  # fmt: skip
+    signature = np.zeros(len(roots), dtype=np.uint64)
     stop = 0
-    for word, size in zip(words.tolist(), sizes, strict=True):
+    for word, size in zip(words, sizes, strict=True):
         start, stop = stop, stop + size
-        summed[at[start:stop]] = summed[at[start:stop]] + word
+        signature[positions[start:stop]] += word
     signature[FROZEN] = 0
-    live = torch.nonzero(signature).flatten()  # roots, in order of first appearance
-    _, kind_of = torch.unique(signature[live], return_inverse=True)
-    n_groups = int(kind_of.max()) + 1 if live.numel() else 0
-    first = torch.full((n_groups,), len(roots)).scatter_reduce_(0, kind_of, live, "amin")
-    group_of = torch.argsort(torch.argsort(first))[kind_of]
-    order = torch.argsort(group_of, stable=True)
+    first = np.full(len(roots), len(positions))
+    first[positions[::-1]] = np.arange(len(positions))[::-1]
+    live = np.flatnonzero(signature)
+    live = live[np.argsort(first[live])]  # roots, in order of first appearance
+    _, at, kind_of = np.unique(signature[live], return_index=True, return_inverse=True)
+    n_groups = len(at)
+    group_of = np.argsort(np.argsort(at))[kind_of.reshape(-1)]
+    live = live[np.argsort(group_of, kind="stable")]
+    counts = np.bincount(group_of, minlength=n_groups)
 
-    of_label = torch.full((len(roots),), ALWAYS)
-    of_label[live[order]] = torch.arange(live.numel())
+    of_label = np.full(len(roots), ALWAYS)
+    of_label[live] = np.arange(len(live))
     of_label = of_label[roots]
-    group_at = torch.full((len(roots),), n_groups)  # one more than there are, for what is frozen
-    group_at[live] = group_of
-    key_of = torch.arange(len(keys)).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
-    touched = torch.zeros((len(keys), n_groups + 1), dtype=torch.bool)
-    touched[key_of, group_at[positions]] = True
+    group_at = np.full(len(roots), n_groups)  # one more than there are, for what is frozen
+    group_at[live] = np.arange(n_groups).repeat(counts)
+    touched = np.zeros((len(planes), n_groups + 1), dtype=bool)
+    touched[np.arange(len(planes)).repeat(sizes), group_at[positions]] = True
+    groups_on = [np.flatnonzero(row).tolist() for row in touched[:, :n_groups]]
+    parts = torch.from_numpy(of_label[positions]).split(sizes)
     members: list[list[tuple[str, int]]] = [[] for _ in range(n_groups)]
-    for key, group in torch.nonzero(touched[:, :n_groups]).tolist():
-        members[group].append(keys[key])
-    counts = torch.bincount(group_of, minlength=n_groups).tolist()
-    groups = _describe(trace, counts, live[order], members, kinds, consumed)
-    parts = zip(keys, of_label[positions].split(sizes), touched[:, :n_groups].any(1).tolist(), strict=True)
     dims: dict[tuple[str, int], Tensor] = {}
     inner: dict[tuple[str, int], Tensor] = {}
-    for key, part, gated in parts:
-        if gated:
-            (inner if key in dims else dims)[key] = part
-    return groups, GateMap(of_label, dims, live.numel(), inner=inner)
+    for name, dim, number in entries:
+        for group in groups_on[number]:
+            members[group].append((name, dim))
+        if groups_on[number]:
+            (inner if (name, dim) in dims else dims)[name, dim] = parts[number]
+    groups = _describe(trace, counts.tolist(), live.tolist(), members, kinds, consumed)
+    return groups, GateMap(torch.from_numpy(of_label), dims, len(live), inner=inner)
 
 
 def add_blocks(groups: Sequence[Group], gate_map: GateMap,
@@ -217,6 +229,8 @@ def add_blocks(groups: Sequence[Group], gate_map: GateMap,
 
 def freeze_kinds(trace: Trace, units: Collection[str]) -> None:
     """Freezes the kinds of units that ``units`` leaves out; ``"channel"`` is every kind that has no name in it."""
+    if "head" in units and "channel" in units:
+        return
     labels = trace.labels
     roots = labels.classes()
     heads = torch.zeros(len(labels), dtype=torch.bool)
@@ -236,11 +250,13 @@ def _kinds(trace: Trace) -> dict[int, str]:
         for root in torch.unique(trace.labels.find(plane)).tolist():
             if root != FROZEN and kinds.get(root) != "head":
                 kinds[root] = kind
+    if not trace.labels.has_inner:
+        return kinds
     roots = trace.labels.classes()
     return kinds | dict.fromkeys(roots[trace.labels.is_inner(roots)].tolist(), "head_dim")
 
 
-def _describe(trace: Trace, sizes: list[int], roots: Tensor, members: list[list[tuple[str, int]]],
+def _describe(trace: Trace, sizes: list[int], roots: list[int], members: list[list[tuple[str, int]]],
               kinds: Mapping[int, str], consumed: Collection[tuple[str, int]]) -> tuple[Group, ...]:  # fmt: skip
     taken: dict[str, int] = {}
     groups: list[Group] = []
@@ -250,20 +266,18 @@ def _describe(trace: Trace, sizes: list[int], roots: Tensor, members: list[list[
         taken[name] = taken.get(name, 0) + 1
         if taken[name] > 1:
             name = f"{name}#{taken[name]}"
-        kind = kinds.get(int(roots[start]), "channel")
+        kind = kinds.get(roots[start], "channel")
         groups.append(Group(name, kind, slice(start, start + size), tuple(members[index])))
     return tuple(groups)
 
 
 def _group_name(trace: Trace, members: list[tuple[str, int]], consumed: Collection[tuple[str, int]]) -> str:
     """The first module whose weight makes the units; else the first module, else the first tensor, that has them."""
-    producers = [
-        name
-        for name, dim in members
-        if name in trace.parameters and trace.tensors[name].ndim > 1 and (name, dim) not in consumed and "." in name
-    ]
-    owned = producers or [name for name, _ in members if "." in name]
-    return owned[0].rpartition(".")[0] if owned else members[0][0]
+    for name, dim in members:
+        if name in trace.parameters and "." in name and trace.tensors[name].ndim > 1 and (name, dim) not in consumed:
+            return name.rpartition(".")[0]
+    owned = next((name for name, _ in members if "." in name), None)
+    return members[0][0] if owned is None else owned.rpartition(".")[0]
 
 
 def find_frozen(trace: Trace) -> tuple[Frozen, ...]:

@@ -175,14 +175,9 @@ class _Origins:
         self._trace = trace
 
     @functools.cached_property
-    def _born(self) -> tuple[list[tuple[str, int]], Tensor]:
-        """Each (parameter, dimension) and the first of the labels it was born with, in order of these."""
-        first: list[tuple[int, tuple[str, int]]] = []
-        for name, node in self._trace.tensors.items():
-            for plane in node.planes:
-                first.append((int(plane[plane > FROZEN].min()), (name, next(iter(varying(plane))))))
-        first.sort()
-        return [key for _, key in first], torch.tensor([start for start, _ in first])
+    def _born(self) -> Tensor:
+        """The first of the labels that each (parameter, dimension) was born with, in increasing order."""
+        return torch.tensor([first for first, _, _ in self._trace.algebra.born])
 
     def of(self, node: Node, dims: frozenset[int]) -> list[int]:
         """Dimensions of ``node.source`` that the contracted dimensions ``dims`` of ``node`` came from."""
@@ -194,9 +189,9 @@ class _Origins:
                 if node is node.source:
                     found |= own_dims
                     continue
-                keys, starts = self._born
-                owners = torch.unique(torch.bucketize(plane[plane > FROZEN], starts, right=True) - 1).tolist()
-                found |= {keys[at][1] for at in owners if keys[at][0] == node.source.name}
+                owners = torch.unique(torch.bucketize(plane[plane > FROZEN], self._born, right=True) - 1).tolist()
+                born = [self._trace.algebra.born[at] for at in owners]
+                found |= {own for _, name, own in born if name == node.source.name}
         return sorted(found)
 
 

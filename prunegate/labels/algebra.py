@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from prunegate.labels.planes import compress, pad_to, varying
+from prunegate.labels.planes import compress, pad_to, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 
@@ -58,6 +58,8 @@ class Algebra:
         consumptions: Where labels end, in order.
         reductions: Where statistics over labelled positions are taken, in order.
         kinds: Labels that mean more than a channel, each with the kind ("head", "norm_group", "conv_group").
+        born: The labels that parameters and buffers were born with: the first of them, and the tensor's name and
+            dimension, in increasing order.
         op: The operation that is being handled.
         module_name: Qualified name of the module that a frame belongs to, for messages.
     """
@@ -66,6 +68,7 @@ class Algebra:
     consumptions: list[Consumption] = field(default_factory=list)
     reductions: list[Reduction] = field(default_factory=list)
     kinds: list[tuple[str, Tensor]] = field(default_factory=list)
+    born: list[tuple[int, str, int]] = field(default_factory=list)
     op: Op | None = None
     module_name: Callable[[FrameRecord | None], str] = lambda frame: ""
     # Many nodes share a raw plane. For each, by identity: the plane and its canonical form, None where all is frozen.
@@ -116,6 +119,47 @@ class Algebra:
                 continue
             kept.append(plane)
         node.planes = kept
+
+    def give_birth(self, node: Node, dims: Iterable[int] | None = None) -> list[Tensor]:
+        """Planes of fresh labels along dimensions of a parameter or buffer, by default all that are longer than 1."""
+        assert node.name is not None
+        dims = [dim for dim, size in enumerate(node.shape) if size > 1] if dims is None else list(dims)
+        sizes = [node.shape[dim] for dim in dims]
+        first = len(self.labels)
+        fresh = self.labels.fresh(sum(sizes), strong=node.source is node)
+        for dim, size in zip(dims, sizes, strict=True):
+            self.born.append((first, node.name, dim))
+            first += size
+        return [place(own, dim, node.ndim) for dim, own in zip(dims, fresh.split(sizes), strict=True)]
+
+    def adopt(self, node: Node, dim: int, labels: Tensor) -> None:
+        """Gives one dimension of a parameter or buffer that nobody has read the labels of what it meets.
+
+        To join fresh ones with them comes to the same, but most positions of a network are in the classes of a few:
+        statistics, scales and input channels have those of the channels they meet.
+        """
+        others = [d for d, size in enumerate(node.shape) if size > 1 and d != dim]
+        planes = dict(zip(others, self.give_birth(node, others), strict=True)) if others else {}
+        planes[dim] = labels if node.ndim == 1 else place(labels, dim, node.ndim)
+        node.planes = [planes[d] for d in sorted(planes)]
+        node.adopted = True
+        if node.source is node:
+            self.labels.strengthen(labels)
+
+    def join_vector(self, labels: Tensor, node: Node, why: str) -> None:
+        """Joins one-dimensional labels with those of a parameter or buffer with one plane, when somebody looks."""
+        if node.unread is not None:
+            self.adopt(node, 0, labels)
+        else:
+            self.union_later(labels, node.planes[0], why)
+
+    def own_labels(self, node: Node) -> None:
+        """Gives a parameter labels by which its dimensions can be told, if it has adopted those of others."""
+        if node.adopted:
+            adopted, node.adopted = node.planes, False
+            node.planes = self.give_birth(node)
+            for own, other in zip(node.planes, adopted, strict=True):
+                self.union_later(own, other, "one parameter")
 
     def freeze(self, plane: Tensor, why: str) -> None:
         """Freezes every label of ``plane``."""

@@ -64,8 +64,9 @@ def label_inside_heads(tensors: Mapping[str, Node], algebra: Algebra, inside: Ma
     """Adds a plane of inner labels to each of the dimensions of :func:`positions_in_heads`."""
     for (name, dim), numbers in inside.items():
         node = tensors[name]
+        algebra.born.append((len(algebra.labels), name, dim))
         labels = algebra.labels.fresh(int(numbers.max()) + 1, strong=node.source is node, inner=True)
         own = torch.where(numbers < 0, FROZEN, labels[numbers])
-        node.planes.append(place(own, dim, node.ndim))
+        node.planes = [*node.planes, place(own, dim, node.ndim)]
         if ignore(name):
             algebra.labels.freeze(labels, Reason("ignored on request"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -18,40 +19,74 @@ __all__ = ["Call", "FrameRecord", "Node", "Op", "capture_frame", "nodes_in"]
 _uids = itertools.count()
 
 
-@dataclass(slots=True, eq=False)
 class Node:
     """A tensor of the traced forward, without its data.
 
-    Attributes:
+    Args:
         shape: The tensor's shape in the dense model.
         dtype: Its element type.
+        depends: Whether the tensor depends on the model's input.
+
+    Attributes:
+        shape: As given.
+        dtype: As given.
+        depends: As given.
         strides: Where its elements stood in memory; empty where that is not known.
-        planes: Label planes, each broadcastable to ``shape`` (see ``planes.py``).
         name: Qualified name where the tensor is a parameter or buffer, else ``None``.
         source: The parameter that the tensor is only a rearrangement of, if there is one (itself for a parameter).
-        depends: Whether the tensor depends on the model's input.
         repeated: Dimensions along which one value is expanded; they broadcast against anything.
         base: The tensor whose memory this one shares, where it is a view.
         value: The data itself, kept only of integer and boolean tensors that do not depend on the input's values
             (they are indices or masks).
+        unread: What labels a parameter or buffer on the first look at its planes; ``None`` where it has been.
+        adopted: Whether it took labels of what it met first, see ``Algebra.adopt``.
         known: The planes in canonical labels, as they were found last.
         known_at: The version of the labels at which they were found.
         uid: A number that is unique in the process.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    planes: list[Tensor] = field(default_factory=list)
-    strides: tuple[int, ...] = ()
-    name: str | None = None
-    source: Node | None = None
-    depends: bool = False
-    repeated: frozenset[int] = frozenset()
-    base: Node | None = None
-    value: Tensor | None = None
-    known: list[Tensor] | None = None
-    known_at: int = -1
-    uid: int = field(default_factory=lambda: next(_uids))
+    __slots__ = ("_planes", "adopted", "base", "depends", "dtype", "known", "known_at", "name", "repeated", "shape",
+                 "source", "strides", "uid", "unread", "value")  # fmt: skip
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, depends: bool = False) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.depends = depends
+        self.strides: tuple[int, ...] = ()
+        self._planes: list[Tensor] = []
+        self.name: str | None = None
+        self.source: Node | None = None
+        self.repeated: frozenset[int] = frozenset()
+        self.base: Node | None = None
+        self.value: Tensor | None = None
+        self.unread: Callable[[Node], list[Tensor]] | None = None
+        self.adopted = False
+        self.known: list[Tensor] | None = None
+        self.known_at = -1
+        self.uid = next(_uids)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """Label planes, each broadcastable to ``shape`` (see ``planes.py``)."""
+        if self.unread is not None:
+            label, self.unread = self.unread, None
+            self._planes = label(self)
+        return self._planes
+
+    @planes.setter
+    def planes(self, planes: list[Tensor]) -> None:
+        self.unread = None
+        self._planes = planes
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there are planes, or will be on the first look."""
+        return bool(self._planes) or self.unread is not None
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether there is one plane; a vector that nobody has looked at is not read for that."""
+        return len(self.shape) == 1 if self.unread is not None else len(self._planes) == 1
 
     @property
     def ndim(self) -> int:
@@ -60,10 +95,7 @@ class Node:
 
     def numel(self) -> int:
         """Number of elements in the dense model."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(slots=True, frozen=True, eq=False)

@@ -125,6 +125,7 @@ def movement(algebra: Algebra, op: Op) -> None:
     for node in nodes_in((op.args[1:], op.kwargs)):
         algebra.freeze_node(node, "used as an index")
     # A rearranged parameter keeps its own labels, by which a consumer finds the parameter's dimension again.
+    algebra.own_labels(source)
     raw = source.source is not None or algebra.only_plane(source) is not None
     planes = source.planes if raw else algebra.get(source)
     outs = _outputs(op)
@@ -377,8 +378,8 @@ def _bmm(algebra: Algebra, op: Op) -> None:
 @rule("addmm", "addbmm")
 def _addmm(algebra: Algebra, op: Op) -> None:
     bias, a, b = op.args[:3]
-    if bias.ndim == len(bias.planes) == 1 and _plain_product(algebra, op, a, b):
-        algebra.union_later(op.out.planes[0], bias.planes[0], "bias")
+    if bias.ndim == 1 and bias.is_vector and _plain_product(algebra, op, a, b):
+        algebra.join_vector(op.out.planes[0].flatten(), bias, "bias")
         return
     _add_bias(algebra, op, bias, algebra.contract(a, b, "nk", "km", "nm", "matrix product"))
 
@@ -496,22 +497,26 @@ def _plain_convolution(algebra: Algebra, op: Op, groups: int, transposed: bool) 
     depthwise = groups == source.shape[1] == weight.shape[0]
     if transposed or weight.source is not weight or not (groups == 1 or depthwise):
         return False
-    if channels is None or channels.shape[1] == 1 or (bias is not None and len(bias.planes) != 1):
+    if channels is None or channels.shape[1] == 1 or (bias is not None and not bias.is_vector):
         return False
+    inputs = 0 if depthwise else 1
+    adopts = weight.unread is not None and weight.shape[inputs] > 1
+    if adopts:
+        algebra.adopt(weight, inputs, channels.flatten())
     by_dim = {dim: plane for plane in weight.planes for dim in varying(plane)}
     if 0 not in by_dim or (1 in by_dim) == depthwise or len(by_dim) != len(weight.planes):
         return False
     for dim, plane in by_dim.items():
         if dim >= 2:
             algebra.freeze_later(plane, "kernel positions")
-    if depthwise:
-        algebra.union_later(channels, by_dim[0], "a group's inputs and outputs")
-    else:
-        algebra.union_later(channels, by_dim[1], "convolution")
+    if not adopts:
+        algebra.union_later(channels, by_dim[inputs], "a group's inputs and outputs" if depthwise else "convolution")
+    if not depthwise:
         algebra.consume((source, frozenset([1])), (weight, frozenset([1])))
+    outputs = by_dim[0].flatten()
     if bias is not None:
-        algebra.union_later(by_dim[0], bias.planes[0], "bias")
-    algebra.pass_on(op.out, place(by_dim[0].flatten(), 1, op.out.ndim))
+        algebra.join_vector(outputs, bias, "bias")
+    algebra.pass_on(op.out, place(outputs, 1, op.out.ndim))
     return True
 
 
@@ -638,10 +643,11 @@ def _layer_norm(algebra: Algebra, op: Op) -> None:
     out = _outputs(op)[0]
     start = source.ndim - len(shape)
     plane = algebra.only_plane(source)
-    if len(shape) == 1 and plane is not None and plane.shape[-1] > 1 and all(len(n.planes) == 1 for n in affine):
+    if len(shape) == 1 and plane is not None and plane.shape[-1] > 1 and all(n.is_vector for n in affine):
         algebra.reductions.append(Reduction(op, source, plane))
+        labels = plane.flatten()
         for node in affine:
-            algebra.union_later(plane, node.planes[0], "scale and shift")
+            algebra.join_vector(labels, node, "scale and shift")
         algebra.pass_on(out, plane)
         return
     planes = algebra.reduce(source, range(start, source.ndim), "normalised positions", keep=True)
@@ -673,9 +679,10 @@ def _batch_norm(algebra: Algebra, op: Op) -> None:
     training = bool(bound.get("training", bound.get("train", False)))
     vectors = [node for node in op.args[1:5] if isinstance(node, Node)]
     plane = algebra.only_plane(source)
-    if not training and plane is not None and plane.shape[1] > 1 and all(len(node.planes) == 1 for node in vectors):
+    if not training and plane is not None and plane.shape[1] > 1 and all(node.is_vector for node in vectors):
+        labels = plane.flatten()
         for node in vectors:
-            algebra.union_later(plane, node.planes[0], "scale and shift")
+            algebra.join_vector(labels, node, "scale and shift")
         algebra.pass_on(_outputs(op)[0], plane)
         return
     planes = algebra.get(source)

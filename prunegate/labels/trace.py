@@ -19,7 +19,7 @@ from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
 from prunegate.labels.heads import label_inside_heads
 from prunegate.labels.paths import ChoiceRecord, Paths, Run
-from prunegate.labels.planes import compress, place, varying
+from prunegate.labels.planes import compress, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import Blanks, plain_name
@@ -144,7 +144,7 @@ class _Dispatch(TorchDispatchMode):
                 node.base = inputs[0].base or inputs[0]
         op = Op(func, name, node_args, node_kwargs, out_nodes, self.call, self.paths.current)
         self.ops.append(op)
-        if name in MAKES_TENSORS or any(node.planes for node in inputs):
+        if name in MAKES_TENSORS or any(node.is_labelled for node in inputs):
             apply_rule(self.algebra, op)
         return out
 
@@ -298,13 +298,11 @@ def _owner_name(frame: FrameRecord | None, modules: Mapping[int, str]) -> str:
 
 def _label_tensors(model: nn.Module, algebra: Algebra, ignore: Callable[[str], bool],
                    tagged: list[Tensor]) -> tuple[dict[str, Node], dict[str, str], frozenset[str]]:  # fmt: skip
-    """Fresh labels on every dimension of every parameter and buffer; tied tensors are labelled once."""
+    """Nodes of all parameters and buffers, which get labels when they are first read; tied tensors have one node."""
     tensors: dict[str, Node] = {}
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     parameters = set()
-    labelled: list[tuple[Node, int]] = []
-    strong: list[bool] = []
     for name, tensor, is_parameter in named_tensors(model):
         if id(tensor) in first:
             aliases[name] = first[id(tensor)]
@@ -320,24 +318,18 @@ def _label_tensors(model: nn.Module, algebra: Algebra, ignore: Callable[[str], b
             parameters.add(name)
             node.source = node
         if tensor.is_floating_point() and tensor.numel() > 1:
-            for dim, size in enumerate(tensor.shape):
-                if size > 1:
-                    labelled.append((node, dim))
-                    strong.append(is_parameter)
-    sizes = torch.tensor([node.shape[dim] for node, dim in labelled], dtype=torch.int64)
-    labels = algebra.labels.fresh(int(sizes.sum()), torch.tensor(strong, dtype=torch.bool).repeat_interleave(sizes))
-    for (node, dim), own in zip(labelled, labels.split(sizes.tolist()), strict=True):
-        node.planes.append(place(own, dim, node.ndim))
-    for name, node in tensors.items():
-        if ignore(name):
-            for plane in node.planes:
-                algebra.labels.freeze(plane, Reason("ignored on request"))
+            node.unread = algebra.give_birth
+            if ignore(name):
+                for plane in node.planes:
+                    algebra.labels.freeze_later(plane, Reason("ignored on request"))
     return tensors, aliases, frozenset(parameters)
 
 
 def _settle(result: Trace) -> None:
     """Freezes what cannot be a unit, until every tensor that Python sees stays a box after any cut."""
     algebra = result.algebra
+    for node in result.tensors.values():
+        _ = node.planes  # those that no operation has read get labels, too
     for node in result.outputs:
         for plane in algebra.get(node):
             algebra.labels.freeze(plane, Reason("the model's output"))

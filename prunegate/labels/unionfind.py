@@ -54,31 +54,47 @@ class Labels:
         self._frozen_by = torch.full((1,), -1, dtype=torch.int64)
         self._reasons: list[Reason] = []
         self._later: list[tuple[Tensor, Tensor, Reason]] = []
+        # Labels are made a few at a time; the tables grow when somebody looks.
+        self._count = 1
+        self._new: list[tuple[int, bool, bool]] = []
+        self._has_weak = False
+        self._strengthened: list[Tensor] = []
 
     def __len__(self) -> int:
-        return self._parent.numel()
+        return self._count
 
-    def fresh(self, count: int, strong: bool | Tensor = True, inner: bool = False) -> Tensor:
+    def fresh(self, count: int, strong: bool = True, inner: bool = False) -> Tensor:
         """Makes ``count`` new labels, each a class of its own.
 
         Args:
             count: How many.
-            strong: Whether they are strong; one bool for all, or a bool tensor ``[count]``.
+            strong: Whether they are strong.
             inner: Whether they are inner.
 
         Returns:
-            The labels, int64 ``[count]``.
+            The labels, int64 ``[count]``, in increasing order.
         """
-        start = len(self)
-        new = torch.arange(start, start + count)
+        start = self._count
+        self._count += count
+        self._new.append((count, strong, inner))
+        self.has_inner |= inner
+        self._has_weak |= not strong
+        return torch.arange(start, self._count)
+
+    def _grow(self) -> None:
+        made, self._new = self._new, []
+        counts = torch.tensor([count for count, _, _ in made])
+        new = torch.arange(len(self._parent), self._count)
         self._parent = torch.cat([self._parent, new])
         self._unfrozen = torch.cat([self._unfrozen, new])
-        flags = strong if isinstance(strong, Tensor) else torch.full((count,), strong)
-        self._strong = torch.cat([self._strong, flags])
-        self._inner = torch.cat([self._inner, torch.full((count,), inner)])
-        self.has_inner |= inner
-        self._frozen_by = torch.cat([self._frozen_by, torch.full((count,), -1)])
-        return new
+        self._strong = torch.cat([self._strong, torch.tensor([each for _, each, _ in made]).repeat_interleave(counts)])
+        self._inner = torch.cat([self._inner, torch.tensor([each for _, _, each in made]).repeat_interleave(counts)])
+        self._frozen_by = torch.cat([self._frozen_by, torch.full_like(new, -1)])
+
+    def strengthen(self, labels: Tensor) -> None:
+        """Makes the classes of ``labels`` strong, when somebody looks."""
+        if self._has_weak:
+            self._strengthened.append(labels.reshape(-1))
 
     def find(self, labels: Tensor) -> Tensor:
         """Roots of ``labels`` (any shape)."""
@@ -120,9 +136,16 @@ class Labels:
         self._later.append((a.reshape(-1), b.reshape(-1), reason))
 
     def settle(self) -> None:
-        """Does what :meth:`union_later` put off."""
-        if not self._later:
-            return
+        """Does what :meth:`union_later` and others put off."""
+        if self._new:
+            self._grow()
+        if self._later:
+            self._join_later()
+        if self._strengthened:
+            labels, self._strengthened = torch.cat(self._strengthened), []
+            self._strong[_find(self._parent, labels)] = True
+
+    def _join_later(self) -> None:
         later, self._later = self._later, []
         first = len(self._reasons)
         self._reasons += [reason for _, _, reason in later]
