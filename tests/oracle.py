@@ -242,5 +242,5 @@ def frozen_statistics(model: torch.nn.Module) -> None:
         drops = isinstance(module, torch.nn.modules.dropout._DropoutNd) or hasattr(module, "drop_prob")
         if drops or isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.eval()
-        if isinstance(getattr(module, "drop_rate", None), float):
-            module.drop_rate = 0.0  # what is given to a function, not to a module
+        if getattr(module, "drop_rate", 0):
+            module.drop_rate = 1e-300  # given to a function, not to a module; at zero the call would not be made
