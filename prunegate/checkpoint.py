@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunegate.builders import Limits, build, describe, names_in
-from prunegate.errors import CheckpointError, PlanError
+from prunegate.errors import AttachError, CheckpointError, PlanError
+from prunegate.example import describe_example
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan, plan_of
 from prunegate.slim.slicing import check_tensors
 from prunegate.tensors import is_channels_last, named_tensors, tensor_stores
+from prunegate.valueless import check_runs, runs
 
 __all__ = ["WEIGHTS", "load", "load_dense", "save"]
 
@@ -354,7 +356,10 @@ def _skeleton(document: Mapping[str, Any], plan: Plan, allow: Collection[str],
     dense = _dense(document["builder"], allow, limits)
     check_tensors(dense, plan)
     try:
-        return apply_plan(dense, plan)
+        cut = apply_plan(dense, plan)
+        if plan.example is None and plan.kept:
+            _check_on_own_input(dense, cut)
+        return cut
     except PlanError as error:
         # The library's source is another than the plan was made for. What is kept still says what must change.
         from prunegate.rederive import rederive
@@ -364,6 +369,24 @@ def _skeleton(document: Mapping[str, Any], plan: Plan, allow: Collection[str],
             return apply_plan(dense, rederive(real, plan, document["pretrained_cfg"]))
         except PlanError as again:
             raise PlanError(f"{error}; {again}") from again
+
+
+def _check_on_own_input(dense: nn.Module, cut: nn.Module) -> None:
+    """Sees, where a plan tells no example, that what runs on its configuration's input size still runs when cut.
+
+    Raises:
+        PlanError: It does not.
+    """
+    from prunegate.gated import example_input_of  # which is loaded for such files alone
+
+    if not all(parameter.is_meta for parameter in dense.parameters()):
+        return  # of a size that a file tells nothing is made
+    try:
+        example = describe_example(example_input_of(dense))
+    except AttachError:
+        return
+    if runs(dense, example):
+        check_runs(cut, example)
 
 
 def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tensor],

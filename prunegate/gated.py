@@ -20,7 +20,7 @@ from prunegate.groups import Frozen, GateMap, Group, find_frozen
 from prunegate.labels.trace import Trace, call_model
 from prunegate.operators import chosen_by
 from prunegate.plan import Plan
-from prunegate.slim.apply import apply_plan
+from prunegate.slim.apply import cut_along
 from prunegate.slim.replay import UnrepairableError
 from prunegate.tensors import fit_inputs, set_attributes_back
 
@@ -285,7 +285,7 @@ class GatedModel(nn.Module):
                 stacklevel=2,
             )
         plan = self.plan()
-        slim = apply_plan(self._dense, plan)
+        slim = cut_along(self._dense, plan)
         set_attributes_back(slim, self.trace.changed)  # what the model kept from its last forward, at dense sizes
         slim.train(self.training)
         self._check(slim)

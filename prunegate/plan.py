@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from prunegate.errors import PlanError
+from prunegate.example import example_from
 
 __all__ = ["Argument", "AttributeEdit", "CallEdit", "CallSite", "Change", "Chosen", "PerExecution", "Plan", "Ratio",
            "Step"]  # fmt: skip
@@ -160,6 +161,8 @@ class Plan:
         choices: The operator that takes the place of a ``Choice``, by the choice's qualified name. All names in a plan
             are those of the model before the cut, with its choices.
         removed: Modules that an identity stands in for, by qualified name, none inside another.
+        example: The input that the plan was made for, as ``describe_example`` tells it, where the model runs on it for
+            shapes alone: a model that is cut along the plan must run on it. Not to be changed.
 
     Raises:
         PlanError: The parts do not fit together.
@@ -171,6 +174,7 @@ class Plan:
     calls: tuple[CallEdit, ...] = ()
     choices: Mapping[str, Chosen] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
+    example: Any = None
 
     def __post_init__(self) -> None:
         """Checks that the parts fit together."""
@@ -234,6 +238,7 @@ class Plan:
             merge_calls((*self.calls, *after.calls)),
             {**self.choices, **after.choices},
             (*self.removed, *after.removed),
+            self.example if after.example is None else after.example,
         ).without_removed()
 
     def removes(self, name: str) -> bool:
@@ -253,6 +258,7 @@ class Plan:
             tuple(edit for edit in self.calls if not inside(edit.site.module)),
             {site: chosen for site, chosen in self.choices.items() if not inside(site)},
             tuple(sorted(removed)),
+            self.example,
         )
 
     # ------------------------------------------------------------------ JSON
@@ -291,6 +297,8 @@ class Plan:
             document["removed"] = list(self.removed)
         if self.choices:
             document["choices"] = {site: [each.name, each.path] for site, each in self.choices.items()}
+        if self.example is not None:
+            document["example"] = self.example
         return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
     @classmethod
@@ -352,6 +360,7 @@ def _named_before(plan: Plan, paths: Mapping[str, str]) -> Plan:
         tuple(CallEdit(replace(edit.site, module=before(edit.site.module)), edit.changes) for edit in plan.calls),
         {before(site): chosen for site, chosen in plan.choices.items()},
         tuple(before(name) for name in plan.removed),
+        plan.example,
     )
 
 
@@ -409,7 +418,7 @@ class _Reader:
     def __init__(self, document: Any) -> None:
         self.document = self.mapping(document, "the plan")
         expected = {"format", "sets", "dense", "kept", "attributes", "calls"}
-        if set(self.document) - {"choices", "removed"} != expected:
+        if set(self.document) - {"choices", "removed", "example"} != expected:
             raise PlanError(f"not a plan: it has the keys {sorted(self.document)[:8]}, expected {sorted(expected)}")
         if self.document["format"] != FORMAT or isinstance(self.document["format"], bool):
             raise PlanError(
@@ -439,7 +448,14 @@ class _Reader:
                 self.text(name, "a removed module")
                 for name in self.sequence(self.document.get("removed", []), "the removed modules")
             ),
+            self.example(),
         )
+
+    def example(self) -> Any:
+        """The description of the example input, once it has proved to be one."""
+        described = self.document.get("example")
+        example_from(described)
+        return described
 
     @staticmethod
     def is_int(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from prunegate.blocks import find_blocks, removal_of
 from prunegate.errors import PlanError, PruneGateError
+from prunegate.example import example_from
 from prunegate.labels.heads import positions_in_heads
 from prunegate.labels.record import Node
 from prunegate.labels.trace import call_model, trace
@@ -22,6 +24,8 @@ from prunegate.slim.slicing import check_tensors
 
 __all__ = ["rederive"]
 
+_MAX_ELEMENTS = 2**27  # of one input, as it is a file that says so
+
 
 def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> Plan:
     """A plan that keeps what ``plan`` keeps, with attributes and calls found in the source as it is here.
@@ -29,20 +33,16 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
     Args:
         dense: The dense model, with any values in its tensors.
         plan: A plan that keeps the right positions and names places that are not there.
-        config: The model's pretrained configuration; its ``input_size`` says on what to run the model.
+        config: The model's pretrained configuration; its ``input_size`` says on what to run the model where the plan
+            has no example.
 
     Raises:
         PlanError: The positions do not go together in the model as it is here, or the size of its input is not known.
     """
-    size = (config or {}).get("input_size")
-    if not isinstance(size, list | tuple) or not all(isinstance(each, int) and 0 < each <= 2**10 for each in size):
-        raise PlanError(
-            "the places that the plan edits are not in the source here, and no input size tells them anew"
-        )
+    inputs = _inputs_for(plan, config)
     check_tensors(dense, plan)
     settle_choices(dense, plan)  # only what was chosen runs, and leaves calls
     cropped = set(with_choices(dense, Plan(choices=plan.choices)).kept)
-    inputs = torch.zeros(1, *size)
     try:
         traced = trace(dense, inputs)
         inside = positions_in_heads(traced.algebra, traced.tensors)
@@ -88,4 +88,16 @@ def rederive(dense: nn.Module, plan: Plan, config: Mapping[str, Any] | None) -> 
         raise
     except PruneGateError as error:
         raise PlanError(f"the plan's edits could not be derived again: {error}") from error
-    return with_choices(dense, again)
+    return replace(with_choices(dense, again), example=plan.example)
+
+
+def _inputs_for(plan: Plan, config: Mapping[str, Any] | None) -> Any:
+    """What to run the model on."""
+    if plan.example is not None:
+        return example_from(plan.example, "cpu", _MAX_ELEMENTS)
+    size = (config or {}).get("input_size")
+    if not isinstance(size, list | tuple) or not all(isinstance(each, int) and 0 < each <= 2**10 for each in size):
+        raise PlanError(
+            "the places that the plan edits are not in the source here, and no input size tells them anew"
+        )
+    return torch.zeros(1, *size)

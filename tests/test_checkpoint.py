@@ -81,7 +81,9 @@ def test_process_that_knows_no_gates(file: Path, vit: nn.Module, image: torch.Te
     code = (
         "import sys, torch, prunegate; model = prunegate.load(sys.argv[1]);"
         "y = model(torch.load(sys.argv[2])); torch.save(y.detach(), sys.argv[2]);"
-        "print([n for n in sys.modules if n.startswith(('prunegate.g', 'prunegate.labels'))])"
+        # A file is tried out for the shapes of its tensors; what skips computing there labels nothing.
+        "shapes = {'prunegate.labels', 'prunegate.labels.shapes'};"
+        "print([n for n in sys.modules if n.startswith(('prunegate.g', 'prunegate.labels')) and n not in shapes])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(file), str(tmp_path / "x.pt")], capture_output=True, text=True, check=True,
@@ -427,6 +429,7 @@ def test_other_version_of_the_source_is_named(file: Path) -> None:
     assert prunegate.load(file) is not None
     gone = ["timm.models.vision_transformer:VisionTransformer.forward", "gone", 0]
     forge(file, set_plan(lambda plan: plan["calls"].append({"module": "", "path": [gone], "changes": []})))
+    forge(file, set_plan(lambda plan: plan.pop("example")))
     forge(file, lambda tensors, document: document["pretrained_cfg"].update(input_size=None))
     refused(file, "timm 0.1 then")
 
@@ -454,3 +457,39 @@ def test_transformers_keep_their_configuration(tmp_path: Path) -> None:
 
     forge(path, fetch)
     refused(path, "implementation of attention")
+
+
+# ------------------------------------------------------------------------------------------------ what cannot run
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_edits_after_which_the_model_cannot_run_are_made_anew(
+    vit: nn.Module, file: Path, image: torch.Tensor, with_example: bool
+) -> None:
+    def spoil(plan: dict[str, Any]) -> None:
+        edit = next(edit for edit in plan["attributes"] if edit[1] == "attn_dim")
+        edit[3] = edit[2] + 1
+        if not with_example:
+            del plan["example"]
+
+    forge(file, set_plan(spoil))
+    assert torch.equal(prunegate.load(file)(image), vit(image))
+    plan = Plan.from_json(parts(file)[1]["plan"])
+    if with_example:
+        with pytest.raises(prunegate.PlanError, match=r"does not run on the input.*shape"):
+            prunegate.apply_plan(timm.create_model("test_vit", num_classes=5), plan)
+
+
+def test_a_file_without_an_example_is_read(vit: nn.Module, file: Path, image: torch.Tensor) -> None:
+    forge(file, set_plan(lambda plan: plan.pop("example")))
+    assert torch.equal(prunegate.load(file)(image), vit(image))
+
+
+@pytest.mark.parametrize(
+    "example",
+    [[[[[[[[[[0]]]]]]]]], {"tensor": [2**50], "type": "float32"}, {"tensor": [1, -1], "type": "float32"},
+     {"tensor": [1], "type": "object"}, {"layer": "os:system"}],
+)  # fmt: skip
+def test_examples_that_are_none_are_refused(file: Path, example: Any) -> None:
+    forge(file, set_plan(lambda plan: plan.update(example=example)))
+    refused(file, "example input")

@@ -169,7 +169,8 @@ class Target:
             text = dumped(mutated_json(json.loads(text), rng))
         with torch.device("meta"):
             net = timm.create_model("test_vit", num_classes=5, img_size=32, patch_size=8)
-        prunegate.apply_plan(net, Plan.from_json(text))
+        slim = prunegate.apply_plan(net, Plan.from_json(text))
+        assert slim(torch.zeros(1, 3, 32, 32, device="meta")).dim() == 2
 
     def resume(self, number: int) -> None:
         """The reader of training states, and the parts of a run that take one over."""

@@ -17,6 +17,7 @@ ROOT = Path(prunegate.__file__).parent
 # is named on its own. Modules of one line do not know one another, except inside one folder.
 LAYERS = (
     "errors",
+    "example",
     "tensors",
     "plan",
     "choice",
@@ -27,6 +28,7 @@ LAYERS = (
     "labels.planes",
     "labels.record",
     "labels.shapes",
+    "valueless",
     "labels.algebra",
     "labels.rules",
     "labels.heads",

@@ -183,7 +183,7 @@ def _layer_norm(blanks: Blanks, func: Any, args: Sequence[Any],
 
 
 def _softmax(blanks: Blanks, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    source, _, to_float = args
+    source, to_float = args[0], len(args) > 2 and args[2]
     return blanks.again(source) if source.is_contiguous() and not to_float and not kwargs else None
 
 
@@ -229,6 +229,7 @@ _SKIPS: dict[str, Callable[..., Any]] = {
     "native_batch_norm": _batch_norm,
     "native_layer_norm": _layer_norm,
     "softmax": _softmax,
+    "safe_softmax": _softmax,
     "cat": _cat,
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, 
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import Blanks, plain_name
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
-from prunegate.tensors import attributes_kept, named_tensors
+from prunegate.tensors import attributes_kept, call_model, named_tensors
 
 __all__ = ["Trace", "call_model", "describe_inputs", "trace"]
 
@@ -100,15 +100,6 @@ class Trace:
         return [
             plane for plane in self.algebra.get(node) if plane.shape[dim] > 1 and plane.shape[dim] == plane.numel()
         ]
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Runs ``model`` on an example input: a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, tuple):
-        return model(*inputs)
-    return model(inputs)
 
 
 def describe_inputs(inputs: Any) -> str:

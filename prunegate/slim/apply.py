@@ -14,8 +14,9 @@ from prunegate.slim.choices import chosen_of, put_operators, settle_choices
 from prunegate.slim.edits import apply_edits
 from prunegate.slim.slicing import check_tensors, cut_tensors
 from prunegate.tensors import tensor_caches
+from prunegate.valueless import check_runs
 
-__all__ = ["apply_plan", "cut_model", "plan_of"]
+__all__ = ["apply_plan", "cut_along", "cut_model", "plan_of"]
 
 _PLAN = "_prunegate_plan"
 
@@ -38,7 +39,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         change, its module is of a subclass of the same name.
 
     Raises:
-        PlanError: The plan was made for another model; nothing has changed then.
+        PlanError: The plan was made for another model, or leaves one that does not run; nothing has changed then.
 
     Where the plan chooses operators, they stand in the place of their choices.
 
@@ -49,6 +50,18 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         >>> dense = {"0.weight": (3, 4), "0.bias": (3,), "2.weight": (2, 3)}
         >>> apply_plan(net, Plan(dense, kept))[0]
         Linear(in_features=4, out_features=2, bias=True)
+    """
+    slim = cut_along(model, plan)
+    if plan.example is not None:
+        check_runs(slim, plan.example)
+    return slim
+
+
+def cut_along(model: nn.Module, plan: Plan) -> nn.Module:
+    """As :func:`apply_plan`, for a plan that was just made: what it leaves is not run.
+
+    Raises:
+        PlanError: The plan was made for another model.
     """
     slim = put_operators(cut_model(model, plan), plan)
     slim.__dict__[_PLAN] = plan_of(model).compose(plan)
