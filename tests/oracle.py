@@ -203,18 +203,18 @@ def check_against_the_oracle(model: torch.nn.Module, example: Any, modes: tuple[
         gradient: Whether to compare gradients, too.
     """
     gated = prunegate.attach(model, example)
+    # Some models keep tables from their first forward, and make other calls from then on.
+    model = copy.deepcopy(model)
     gated.prunegate.logits.data = torch.zeros_like(gated.logits.data, dtype=torch.float64)
     gated.mask = random_mask(gated, seed=3)
     for train in modes:
         model.train(train)
         gated.train(train)
-        frozen_statistics(model)
-        frozen_statistics(gated)
+        for network in (model, gated, gated.model):
+            frozen_statistics(network)
         gates = gated.mask.double().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
-            # A copy: some models keep tables from their first forward, and would make other calls in the second.
-            dense = copy.deepcopy(model)
-            expected = masked_outputs(dense, example, gated.trace, gated.gate_map.of_label, gates)
+            expected = masked_outputs(copy.deepcopy(model), example, gated.trace, gated.gate_map.of_label, gates)
             actual = call_model(gated, example)
         assert relative_error(expected, actual) <= 1e-10, f"train: {train}"
         if gradient:
