@@ -113,7 +113,7 @@ def _count(trace: Trace, gate_map: GateMap) -> tuple[dict[str, Polynomial], dict
             node = trace.tensors[name]
             dims, shared = paths.shared_positions(name)
             for own in lengths.products((node, dim) for dim in range(node.ndim) if dim not in dims):
-                for coefficient, there in paths.of_parameter(name):
+                for coefficient, there in paths.of_tensor(name):
                     params.add(coefficient, [*own, *shared, *there, *by_tensor.get(name, [])])
     return {"flops": flops.build(), "params": params.build()}, parts
 

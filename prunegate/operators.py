@@ -242,8 +242,9 @@ class PathLengths:
         self._modules = paths_of_modules(trace.model, trace.choices) if trace.choices else {}
         self._paths: dict[int, set[Path]] = {}
         for name, path in self._modules.items():
-            for parameter in trace.model.get_submodule(name)._parameters.values():
-                self._paths.setdefault(id(parameter), set()).add(path)
+            module = trace.model.get_submodule(name)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                self._paths.setdefault(id(tensor), set()).add(path)
 
     def of(self, path: Path) -> list[Tensor]:
         """Factors of what is there only on ``path``; what adds up outputs is free, so it has none of its own."""
@@ -254,14 +255,14 @@ class PathLengths:
             self._gates[step] = torch.tensor([self._first[step[0]] + step[1]])
         return self._gates[step]
 
-    def of_parameter(self, name: str) -> Iterator[tuple[int, list[Tensor]]]:
-        """Terms (coefficient, factors) that add up to 1 where a parameter is there and to 0 where it is not.
+    def of_tensor(self, name: str) -> Iterator[tuple[int, list[Tensor]]]:
+        """Terms (coefficient, factors) that add up to 1 where a weight or buffer is there and to 0 where it is not.
 
-        A parameter that several operators hold is there when any of them is chosen: inclusion and exclusion.
+        A tensor that several operators hold is there when any of them is chosen: inclusion and exclusion.
         """
         owner, _, key = name.rpartition(".")
-        parameter = self._trace.model.get_submodule(owner)._parameters.get(key) if self._modules else None
-        paths = self._paths.get(id(parameter), {()})
+        tensor = getattr(self._trace.model.get_submodule(owner), key, None) if self._modules else None
+        paths = self._paths.get(id(tensor), {self._modules.get(owner, ())})
         if () in paths:
             yield 1, []
             return

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import prunegate
 from prunegate import Choice
+from prunegate.budget.memory import MemoryModel
 from prunegate.gated import GatedModel
 from prunegate.rederive import rederive
 from tests.models import randomise, relative_error
@@ -482,9 +483,120 @@ def test_latency_knows_which_operators_run() -> None:
     assert cost.exact(gated.mask) <= 0.7 * cost.dense
 
 
-def test_memory_budget_with_choices_is_refused() -> None:
-    with pytest.raises(prunegate.BudgetError, match="choices of operators"):
-        prunegate.Budget(prunegate.attach(*made()), memory_mb=1.0, steps=10)
+class Strided(nn.Module):
+    """Gives a part of what it made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        return F.interpolate(x.sigmoid(), scale_factor=2.0)[:, :, ::2, ::2]
+
+
+class Edges(nn.Module):
+    """Skips of skips, what a choice gave held for long, choices in a choice, a shared key, views."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+
+        def conv() -> nn.Module:
+            return nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+                                 nn.Conv2d(2 * width, width, 1))  # fmt: skip
+
+        def edge(key: str | None = None) -> nn.Module:
+            return Choice([conv(), nn.Identity(), Strided()], ["conv", "skip", "part"], key=key)
+
+        self.stem = nn.Conv2d(2, width, 1)
+        self.first, self.second = edge(), edge()
+        self.nested = Choice([nn.Sequential(nn.Tanh(), Choice([nn.Identity(), nn.Conv2d(width, width, 1)])),
+                              nn.Identity()])  # fmt: skip
+        self.keyed = nn.ModuleList(edge("key") for _ in range(2))
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 2, H, W] to the same."""
+        x = self.stem(x)
+        y = self.second(self.first(x))
+        y = self.nested(y) + self.keyed[0](x)
+        return self.head(self.keyed[1](y) * y.mean())
+
+
+def masks_of(gated: GatedModel) -> list[Tensor]:
+    """Every architecture, with the units that they start from and with about half of them."""
+    found = []
+    for picked in itertools.product(*(range(own.start, own.stop) for own in gated.gate_map.choices.values())):
+        for seed in range(2):
+            mask = random_units(gated, seed) if seed else gated.mask
+            for own in gated.gate_map.choices.values():
+                mask[own] = False
+            mask[list(picked)] = True
+            found.append(mask)
+    return found
+
+
+def test_peak_memory_of_every_architecture_is_that_of_the_network_without_choices() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 6, 6)
+    gated = prunegate.attach(Edges(), x)
+    memory = MemoryModel(gated)
+    peaks = set()
+    for mask in masks_of(gated)[::7]:
+        gated.mask = mask
+        slim = prunegate.attach(gated.export(), x)
+        peak, point = memory.peak(mask)
+        assert peak == MemoryModel(slim).peak()[0]
+        assert memory.cost(point).exact(mask) == peak
+        peaks.add(peak)
+    assert len(peaks) > 8
+    gated.mask = None
+    assert memory.peak()[0] == memory.peak(gated.mask)[0]
+
+
+def test_expected_memory_at_each_point_is_that_of_all_architectures_weighted_by_their_chances() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 4, 4)
+    gated = prunegate.attach(Edges(1), x)
+    gated.logits.data = torch.randn(gated.logits.numel())
+    chances = gated.prunegate.probabilities().detach().double()
+    for own in gated.gate_map.choices.values():
+        chances[own] /= chances[own].sum()
+    memory = MemoryModel(gated)
+    points = [memory.cost(at) for at in range(len(memory.points))]
+    units = [g for group in gated.groups if group.kind != "choice" for g in range(group.slice.start, group.slice.stop)]
+    some = units[:2]  # the others stay, for the sake of time
+    chances[units[2:]] = 1.0
+    expected = torch.zeros(len(points), dtype=torch.float64)
+    largest = 0.0
+    choices = list(gated.gate_map.choices.values())
+    for bits in itertools.product((False, True), repeat=len(some)):
+        for picked in itertools.product(*(range(own.start, own.stop) for own in choices)):
+            mask = torch.ones(gated.logits.numel(), dtype=torch.bool)
+            for own in choices:
+                mask[own] = False
+            mask[some] = torch.tensor(bits)
+            mask[list(picked)] = True
+            chance = float(torch.where(mask[some], chances[some], 1 - chances[some]).prod())
+            chance *= float(chances[list(picked)].prod())
+            held = torch.tensor([point.exact(mask) for point in points], dtype=torch.float64)
+            assert int(held.max()) == memory.peak(mask)[0]
+            expected += chance * held
+            largest += chance * float(held.max())
+    found = torch.stack([point.expected(chances) for point in points])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-6)
+    assert 0.6 * largest < float(found.max()) <= largest
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6])
+def test_memory_budget_with_choices_is_met(share: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 16, 16)
+    gated = prunegate.attach(Edges(4), x)
+    most = MemoryModel(gated).peak()[0]
+    budget = prunegate.Budget(gated, memory_mb=share * most / 2**20, steps=30)
+    for _ in range(30):
+        (gated.train()(x).square().mean() + budget.loss()).backward()
+        budget.step()
+    used = MemoryModel(prunegate.attach(gated.export(), x)).peak()[0]
+    assert 0.8 * share * most < used <= share * most
+    assert budget.expected("memory") == pytest.approx(used / 2**20)
 
 
 def test_budget_can_hold_a_choice_at_its_first_operator() -> None:

@@ -4,24 +4,33 @@ What counts: weights and buffers, the example input, and the activations of an e
 gradients, each as long as Python code or a view holds it; the lifetimes are observed on one forward. The peak is the
 largest sum while any operation runs. What does not count: the scratch space of an operation's own kernel, and what an
 allocator holds back.
+
+What is held at one moment is a polynomial in the gates, so its expectation is exact. The peak is the largest of many
+such sums; the largest of their expectations is a lower bound of its expectation. For one mask the peak is exact.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from prunegate.budget.alternatives import Condition, Origins, disjoint, either, together
+from prunegate.choice import Choice, Conductor, conducted
 from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
 from prunegate.groups import ALWAYS
+from prunegate.labels.paths import ALL, ChoiceRecord, Path, Paths
 from prunegate.labels.record import Node
-from prunegate.labels.trace import call_model
+from prunegate.labels.trace import Trace, call_model
+from prunegate.operators import PathLengths, chosen_by
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
 __all__ = ["MemoryModel"]
@@ -29,67 +38,93 @@ __all__ = ["MemoryModel"]
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 
 
+Point = frozenset[tuple[int, frozenset[Condition]]]
+"""The pieces of memory that are held at one moment, by uid, each with conditions of which one must hold."""
+
+
 class MemoryModel:
     """Which tensors are held together during a forward, and what they take under a mask.
 
     Args:
-        gated: The gated model; it is run once on its example input.
+        gated: The gated model; it is run once on its example input, through all operators of its choices.
+
+    Attributes:
+        points: What is held while an operation runs, without repetitions.
 
     Raises:
         BudgetError: That forward is not the one that was traced.
     """
 
     def __init__(self, gated: GatedModel) -> None:
-        if gated.gate_map.choices:
-            raise BudgetError(
-                "memory_mb= cannot be used with a model that has choices of operators: what is held together depends "
-                "on which of them run. Use flops=, params= or latency="
-            )
         self._gated = gated
-        spans = _observe(gated)
-        last = len(gated.trace.ops)
-        live = [frozenset(span.node.uid for span in spans if span.made <= t <= span.gone) for t in range(last)]
-        self._nodes = {span.node.uid: span.node for span in spans}
-        self.points = sorted(set(live), key=lambda held: (-len(held), sorted(held)))
-        self._kept = list(gated.trace.tensors.values())
-        self._given = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(gated.example_input)
-                          if isinstance(leaf, Tensor))  # fmt: skip
+        trace, gate_map = gated.trace, gated.gate_map
+        watch = _observe(gated)
+        self._nodes = {span.node.uid: span.node for span in watch.spans}
+        self.points = sorted(set(_points(trace, watch)), key=lambda held: (-len(held), _order(held)))
+        self._paths = PathLengths(trace, gate_map)
         self._gates: dict[tuple[int, int], Tensor | None] = {}
+        given = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(gated.example_input)
+                    if isinstance(leaf, Tensor))  # fmt: skip
+        self._always: list[tuple[int, list[int | Tensor]]] = [(given, [])]
+        for name, node in trace.tensors.items():
+            dims, shared = self._paths.shared_positions(name)
+            own = self._lengths(node, [dim for dim in range(node.ndim) if dim not in dims])
+            for coefficient, there in self._paths.of_tensor(name):
+                self._always.append((coefficient * node.dtype.itemsize, [*own, *shared, *there]))
+        builder = self._builder()
+        for coefficient, factors in self._always:
+            builder.add(coefficient, factors)
+        self._held_always = builder.build()
 
     def peak(self, mask: Tensor | None = None) -> tuple[int, int]:
         """Bytes at the peak of the model cut by ``mask`` (``None``: dense), and the number of the point that has it."""
-        n = self._gated.logits.numel()
-        open_to = torch.ones(n + 1, dtype=torch.bool)  # the last serves positions without a gate
-        if mask is not None:
-            open_to[:n] = mask.cpu()
-        always = self._given + sum(self._bytes(node, open_to) for node in self._kept)
+        mask = self._gated.gate_map.start() if mask is None else mask.cpu()
+        open_to = torch.cat([mask, torch.ones(1, dtype=torch.bool)])  # the last serves positions without a gate
+        chosen = set(chosen_by(self._gated.gate_map, mask).items())
         sizes = {uid: self._bytes(node, open_to) for uid, node in self._nodes.items()}
-        totals = [sum(sizes[uid] for uid in held) for held in self.points]
+        totals = [
+            sum(sizes[uid] for uid, conditions in held if any(each <= chosen for each in conditions))
+            for held in self.points
+        ]
         largest = max(totals, default=0)
-        return always + largest, totals.index(largest) if totals else 0
+        return self._held_always.exact(mask) + largest, totals.index(largest) if totals else 0
 
     def likely(self) -> list[int]:
-        """The points that have the peak when every group keeps an equal share of its units."""
+        """The points that have the peak when every group keeps an equal share of its units, for some operators."""
+        choices = self._gated.gate_map.choices.values()
         found = []
-        for share in _SHARES:
+        for share, operator in itertools.product(_SHARES, range(max([1, *(own.stop - own.start for own in choices)]))):
             mask = torch.zeros(self._gated.logits.numel(), dtype=torch.bool)
             for group in self._gated.groups:
                 mask[group.slice.start : group.slice.start + max(1, round(share * group.size))] = True
+            for own in choices:
+                mask[own] = False
+                mask[min(own.start + operator, own.stop - 1)] = True
             found.append(self.peak(mask)[1])
         return list(dict.fromkeys(found))
 
     def cost(self, point: int) -> Polynomial:
-        """Bytes held at one point, as a polynomial."""
-        builder = PolynomialBuilder(self._gated.logits.numel())
-        builder.add(self._given, [])
-        held = self.points[point] if self.points else ()
-        for node in [*self._kept, *(self._nodes[uid] for uid in held)]:
-            factors: list[int | Tensor] = []
-            for dim, size in enumerate(node.shape):
-                gates = self._gates_along(node, dim)
-                factors.append(size if gates is None else gates)
-            builder.add(node.dtype.itemsize, factors)
+        """Bytes held at one point, as a polynomial; where the point's operator is not chosen, weights and input alone.
+
+        It never exceeds the peak, and at one of the points it is the peak.
+        """
+        builder = self._builder()
+        for coefficient, factors in self._always:
+            builder.add(coefficient, factors)
+        for uid, conditions in self.points[point] if self.points else ():
+            node = self._nodes[uid]
+            own = self._lengths(node, range(node.ndim))
+            for coefficient, condition in disjoint(conditions):
+                there = self._paths.of(tuple(sorted(condition)))
+                builder.add(coefficient * node.dtype.itemsize, [*own, *there])
         return builder.build()
+
+    def _builder(self) -> PolynomialBuilder:
+        return PolynomialBuilder(self._gated.logits.numel(), self._gated.gate_map.start())
+
+    def _lengths(self, node: Node, dims: Iterable[int]) -> list[int | Tensor]:
+        found = [(node.shape[dim], self._gates_along(node, dim)) for dim in dims]
+        return [size if gates is None else gates for size, gates in found]
 
     def _bytes(self, node: Node, open_to: Tensor) -> int:
         size = node.dtype.itemsize
@@ -118,13 +153,19 @@ class _Span:
 
 
 class _Watch(TorchDispatchMode):
-    """Follows every new piece of memory until the last tensor that looks at it is gone."""
+    """Follows every new piece of memory until the last tensor that looks at it is gone.
+
+    Attributes:
+        spans: The pieces.
+        memory_of: By a node's uid, the uid of the node that its memory was made for; weights and inputs are left out.
+    """
 
     def __init__(self, outputs: Sequence[tuple[str, list[Node]]], known: Sequence[Tensor]) -> None:
         super().__init__()
         self.outputs = outputs
         self.time = 0
         self.spans: list[_Span] = []
+        self.memory_of: dict[int, int] = {}
         self.matches = True
         self._of_storage: dict[int, _Span | None] = {tensor.untyped_storage()._cdata: None for tensor in known}
         self._alive: list[Any] = []
@@ -150,6 +191,7 @@ class _Watch(TorchDispatchMode):
         span = self._of_storage[key]
         if span is None:
             return
+        self.memory_of[node.uid] = span.node.uid
         span.holders += 1
 
         def release(_: Any, span: _Span = span, key: int = key) -> None:
@@ -162,7 +204,38 @@ class _Watch(TorchDispatchMode):
         self._alive.append(weakref.ref(tensor, release))
 
 
-def _observe(gated: GatedModel) -> list[_Span]:
+def _points(trace: Trace, watch: _Watch) -> Iterator[Point]:
+    """What is held while each operation of a cut model runs."""
+    paths: list[Path] = [op.path for op in trace.ops]
+    origins = Origins(trace, lambda node: watch.memory_of.get(node.uid))
+    # What adds up the outputs of operators runs in no cut model; what it gave stands for one of them.
+    for now, path in enumerate(paths):
+        if path and path[-1][1] == ALL:
+            continue
+        held: dict[int, set[Condition]] = {}
+        for span in watch.spans:
+            if span.made <= now <= span.gone:
+                added = paths[span.made]
+                for condition, uid in origins.of(span.node.uid):
+                    joint = together(condition, added, path)
+                    if joint is not None:
+                        held.setdefault(uid, set()).add(joint)
+        yield frozenset((uid, either(conditions)) for uid, conditions in held.items())
+
+
+def _order(held: Point) -> list[tuple[int, list[list[tuple[str, int]]]]]:
+    return sorted((uid, sorted(sorted(condition) for condition in conditions)) for uid, conditions in held)
+
+
+def _running_choices(gated: GatedModel) -> dict[str, ChoiceRecord]:
+    """The gated choices, as the modules that run."""
+    return {
+        name: replace(record, sites={site: cast(Choice, gated.model.get_submodule(site)) for site in record.sites})
+        for name, record in gated.trace.choices.items()
+    }
+
+
+def _observe(gated: GatedModel) -> _Watch:
     outputs = [
         (op.name, [leaf for leaf in tree_leaves(op.out) if isinstance(leaf, Node)]) for op in gated.trace.ops
     ]  # fmt: skip
@@ -178,9 +251,8 @@ def _observe(gated: GatedModel) -> list[_Span]:
         torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in modes:
             module.training = False
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch, conducted(_forgetting(Paths(_running_choices(gated)))):
             result = call_model(gated.model, gated.example_input)
-            spans = list(watch.spans)
         del result
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -192,4 +264,15 @@ def _observe(gated: GatedModel) -> list[_Span]:
             "the forward that memory was to be observed on differs from the traced one (the model's course depends on "
             "something that changes); memory_mb= cannot be used with it"
         )
-    return spans
+    return watch
+
+
+def _forgetting(paths: Paths) -> Conductor:
+    """Runs all operators, and keeps nothing of what they gave."""
+
+    def run(choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = paths(choice, args, kwargs)
+        paths.runs.clear()
+        return given
+
+    return run
