@@ -246,6 +246,22 @@ def test_a_run_resumes_and_reads_the_test_set_once(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
+def test_seeds_may_share_dense_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def noting(cell: methods.Cell) -> methods.Outcome:
+        seen[cell.seed] = next(cell.dense.parameters()).detach().clone()
+        return methods.Outcome(cell.dense, 10.0)
+
+    monkeypatch.setattr(compare, "METHODS", dict.fromkeys(methods.METHODS, noting))
+    _run(tmp_path, "--seeds", "4", "5", "6", "--dense-seeds", "0", "1")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows if row["method"] == "dense"] == [0, 1]
+    assert [row["dense_seed"] for row in rows if row["method"] == "one-shot random"] == [0, 1, 0]
+    assert torch.equal(seen[4], seen[6])
+    assert not torch.equal(seen[4], seen[5])
+
+
 def test_results_of_another_recipe_are_not_mixed_in(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps({"steps": 7}))
     with pytest.raises(SystemExit, match="another recipe"):

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept = output / "recipe.json"
     if kept.exists() and json.loads(kept.read_text()) != settings:
         raise SystemExit(f"{output} holds results of another recipe, {kept.read_text()}; choose another --output")
-    kept.write_text(json.dumps(settings))
+    if not kept.exists():  # another process may be reading it
+        kept.write_text(json.dumps(settings))
 
     rows = _rows(output / "rows.jsonl")
     done = {_key(row) for row in rows}
@@ -72,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if size not in images:
             images[size] = _images(args, size)
         training, validation = images[size]
-        dense, dense_row = _dense(output, network, seed, seed == args.seeds[0], recipe, training, validation)
+        of_dense = args.dense_seeds[seed % len(args.dense_seeds)] if args.dense_seeds else seed
+        longer = of_dense == (args.dense_seeds or args.seeds)[0]
+        dense, dense_row = _dense(output, network, of_dense, longer, recipe, training, validation)
+        row["dense_seed"] = of_dense
         if dense_row is not None:
             rows.append(dense_row)
         cell = Cell(NETWORKS[network], dense, share, seed, recipe, training, validation, method.endswith(_DISTILLED),
@@ -190,6 +194,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=every, choices=every, metavar="METHOD",
                         help=f"of: {'; '.join(every)}")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--dense-seeds", nargs="+", type=int, help="train dense networks for these seeds only and let "
+                        "the others share them in turn; by default every seed has its own")  # fmt: skip
     parser.add_argument("--steps", type=int, default=Recipe.steps, help="after the dense network (default 400)")
     parser.add_argument("--dense-steps", type=int, default=Recipe.dense_steps, help="default 1200")
     parser.add_argument("--batch", type=int, default=Recipe.batch)
