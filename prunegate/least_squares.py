@@ -87,11 +87,16 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Of each channel (dimension 1) of a tensor."""
+        """Of each channel (dimension 1) of a tensor, a few images at a time: the whole in float64 is twice as large."""
         dims = [dim for dim in range(x.dim()) if dim != 1]
-        variance, mean = torch.var_mean(x.double(), dims, correction=0)
-        count = x.numel() // max(1, x.shape[1])
-        return cls(count, mean, variance * count)
+        found: Moments | None = None
+        for part in x.split(16):
+            variance, mean = torch.var_mean(part.double(), dims, correction=0)
+            count = part.numel() // max(1, part.shape[1])
+            own = cls(count, mean, variance * count)
+            found = own if found is None else found + own
+        assert found is not None
+        return found
 
     @property
     def variance(self) -> Tensor:

@@ -95,10 +95,24 @@ def test_export_command_checks_and_times(
 ) -> None:
     command = ["export", str(slim_file), "--to", "onnx", "int8", "--check", "--bench", "--data", str(pictures)]
     assert main([*command, "--out", str(tmp_path), "--json"]) == 0
-    _, plain, eight_bits = output(capsys)["targets"]
+    torch_itself, plain, eight_bits = output(capsys)["targets"]
     assert plain["error"] <= 1e-4
     assert 0 < eight_bits["bytes"] < plain["bytes"]
-    assert eight_bits["milliseconds"] > 0
+    for record in (torch_itself, plain, eight_bits):
+        assert record["milliseconds"] > 0
+        assert record["dense_milliseconds"] > 0
+    assert {path.name for path in tmp_path.glob("*.onnx")} == {"slim.onnx", "slim.int8.onnx"}
+
+
+@needs_onnx
+def test_what_is_timed_beside_is_the_dense_model(tmp_path: Path) -> None:
+    """A model 40 times as wide takes longer in every form."""
+
+    def layers(width: int) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.ReLU(), torch.nn.Linear(width, 64)).eval()
+
+    records = deploy(layers(100), torch.randn(64, 64), tmp_path, ["onnx"], bench=True, dense=layers(4000))
+    assert all(record["dense_milliseconds"] > record["milliseconds"] for record in records)
 
 
 def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

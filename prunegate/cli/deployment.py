@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from prunegate.errors import ExportError
 
-__all__ = ["TARGETS", "deploy"]
+__all__ = ["TARGETS", "deploy", "open_onnx"]
+
+_Run = Callable[[Tensor], Tensor]
 
 _TOLERANCE = 1e-4  # of float32 outputs; a share of the largest where that is below 1
 _COMPILED_TOLERANCE = 1e-3  # compilers fuse and reorder sums
@@ -29,7 +31,7 @@ _LEAST_SECONDS = 1.0
 
 
 def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[str], *, check: bool = True,
-           bench: bool = False, calibration: Tensor | None = None,
+           bench: bool = False, dense: nn.Module | None = None, calibration: Tensor | None = None,
            name: str = "model") -> list[dict[str, Any]]:  # fmt: skip
     """Writes a model in other forms.
 
@@ -40,12 +42,14 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
         targets: Names in :data:`TARGETS`.
         check: Whether each is run, at two batch sizes, and compared with the model.
         bench: Whether each is timed on the example.
+        dense: What the model was cut from: where it is given, the same forms of it are timed in the same rounds.
         calibration: Images from which ``"int8"`` takes the ranges of activations; the example by default.
         name: Of the files, before their endings.
 
     Returns:
         One record per target: ``target``, ``file``, ``bytes``, ``error`` (largest difference, where checked; a share of
-        the largest output if that is below 1), ``milliseconds`` (median, where timed). The first is the model itself.
+        the largest output if that is below 1), ``milliseconds`` (median, where timed) and ``dense_milliseconds``. The
+        first is the model itself.
 
     Raises:
         ExportError: A target is not known, cannot be written, or computes something else.
@@ -59,17 +63,13 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
     with torch.no_grad():
         wanted = [_first(model(batch)) for batch in batches]
     records = [{"target": "torch", "file": None, "bytes": None, "error": 0.0}]
-    runners: dict[str, Callable[[Tensor], Tensor]] = {"torch": model}
+    runners: dict[tuple[str, str], _Run] = {("torch", "milliseconds"): model}
+    if dense is not None:
+        runners["torch", "dense_milliseconds"] = dense.eval()
+    seen = example if calibration is None else calibration
     for target in targets:
         path = folder / f"{name}{_ENDINGS[target]}"
-        try:
-            with _quiet():
-                run = TARGETS[target](model, example, path, example if calibration is None else calibration)
-        except ImportError as error:
-            hint = "pip install prunegate[deploy]"
-            raise ExportError(f"{target} needs a package that is not here ({error}); {hint}") from error
-        except Exception as error:
-            raise ExportError(f"{target}: {type(error).__name__}: {str(error)[:500]}") from error
+        run = _write(target, model, example, path, seen)
         record: dict[str, Any] = {"target": target, "file": str(path) if path.exists() else None,
                                   "bytes": path.stat().st_size if path.exists() else None}  # fmt: skip
         if check:
@@ -83,10 +83,26 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
                     f"{_ALLOWED[target]:.0e}"
                 )
         records.append(record)
-        runners[target] = run
+        runners[target, "milliseconds"] = run
+        if bench and dense is not None:
+            with tempfile.TemporaryDirectory() as place:
+                # Read into memory by its runtime: the file may go before it is timed.
+                other = _write(target, dense, example, Path(place, path.name), seen)
+            runners[target, "dense_milliseconds"] = other
     if bench:
         _time(records, runners, example)
     return records
+
+
+def _write(target: str, model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
+    try:
+        with _quiet():
+            return TARGETS[target](model, example, path, calibration)
+    except ImportError as error:
+        hint = "pip install prunegate[deploy]"
+        raise ExportError(f"{target} needs a package that is not here ({error}); {hint}") from error
+    except Exception as error:
+        raise ExportError(f"{target}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 def _first(output: Any) -> Tensor:
@@ -120,7 +136,7 @@ def _exported(model: nn.Module, example: Tensor) -> Any:
     return torch.export.export(model, (two,), dynamic_shapes=({0: batch},))
 
 
-def _to_pt2(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> Callable[[Tensor], Tensor]:
+def _to_pt2(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
     torch.export.save(_exported(model, example), path)
     loaded = torch.export.load(path).module()
 
@@ -131,17 +147,18 @@ def _to_pt2(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) 
     return run
 
 
-def _to_onnx(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> Callable[[Tensor], Tensor]:
+def _to_onnx(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
     two = example.repeat(2, *[1] * (example.dim() - 1))[:2]
     program = torch.onnx.export(model, (two,), dynamo=True, input_names=["input"], output_names=["output"],
                                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
                                 verbose=False)  # fmt: skip
     assert program is not None
     program.save(path, external_data=False)
-    return _onnx_runner(path)
+    return open_onnx(path)
 
 
-def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
+def open_onnx(path: Path) -> _Run:
+    """A function that runs an ONNX file under onnxruntime, with as many threads as torch has now."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -156,7 +173,7 @@ def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> Callable[[Tensor], Tensor]:
+def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
     """Static quantisation of the ONNX graph: int8 weights per channel, activations in ranges seen on images."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -174,10 +191,10 @@ def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor)
         quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
         quantize_static(str(ready), str(path), Images("input"), quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
-    return _onnx_runner(path)
+    return open_onnx(path)
 
 
-def _to_compile(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> Callable[[Tensor], Tensor]:
+def _to_compile(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
     compiled = torch.compile(model, dynamic=True)
 
     def run(batch: Tensor) -> Tensor:
@@ -188,7 +205,7 @@ def _to_compile(model: nn.Module, example: Tensor, path: Path, calibration: Tens
     return run
 
 
-TARGETS: dict[str, Callable[[nn.Module, Tensor, Path, Tensor], Callable[[Tensor], Tensor]]] = {
+TARGETS: dict[str, Callable[[nn.Module, Tensor, Path, Tensor], _Run]] = {
     "onnx": _to_onnx,
     "pt2": _to_pt2,
     "compile": _to_compile,
@@ -228,17 +245,19 @@ def _in_fresh_process(path: Path, example: Tensor, wanted: Tensor) -> float:
     return float(said["error"])
 
 
-def _time(records: list[dict[str, Any]], runners: dict[str, Callable[[Tensor], Tensor]], example: Tensor) -> None:
+def _time(records: list[dict[str, Any]], runners: Mapping[tuple[str, str], _Run], example: Tensor) -> None:
     """Median milliseconds, one run of each in turn, so that what else the machine does falls on all alike."""
-    found: dict[str, list[float]] = {name: [] for name in runners}
+    found: dict[tuple[str, str], list[float]] = {name: [] for name in runners}
     started = time.perf_counter()
     with torch.inference_mode():
         for run in runners.values():
             run(example)
-        while len(found["torch"]) < 7 or time.perf_counter() - started < _LEAST_SECONDS * len(runners):
+        while len(found["torch", "milliseconds"]) < 7 or time.perf_counter() - started < _LEAST_SECONDS * len(runners):
             for name, run in runners.items():
                 before = time.perf_counter()
                 run(example)
                 found[name].append((time.perf_counter() - before) * 1e3)
     for record in records:
-        record["milliseconds"] = float(np.median(found[record["target"]]))
+        for (target, column), times in found.items():
+            if target == record["target"]:
+                record[column] = float(np.median(times))
