@@ -67,6 +67,8 @@ class Oracle(TorchFunctionMode):
             if gate is not None and not (name.startswith("conv") and self.passes(nodes[0], nodes[1])):
                 args = (args[0] * gate, *args[1:])
             return func(*args, **kwargs)
+        if name == "lstm":
+            return self.recurrent(func, call.args, *args)
         if name == "einsum":
             left, right = args[0].replace(" ", "").split("->")
             letters = left.split(",")[0]
@@ -74,6 +76,12 @@ class Oracle(TorchFunctionMode):
             return func(args[0], args[1] if gate is None else args[1] * gate, *args[2:])
         statistic = getattr(self, f"do_{name}", None)
         return func(*args, **kwargs) if statistic is None else statistic(func, node, *args, **kwargs)
+
+    def recurrent(self, func: Any, nodes: Any, x: Tensor, hx: Any, weights: Any, *rest: Any) -> Any:
+        """Gates what each step consumes: the input, and the hidden state that the step before left."""
+        gates = [self.gate(node, {1}) if node.ndim == 2 else None for node in nodes[2]]
+        gated = [w if gate is None else w * gate for w, gate in zip(weights, gates, strict=True)]
+        return func(x, hx, gated, *rest)
 
     def moments(self, x: Tensor, w: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         n = w.sum(dims, keepdim=True)
