@@ -321,6 +321,36 @@ def test_a_budget_is_filled(name: str) -> None:
     assert 0.99 <= used <= 1
 
 
+class TwoBranches(nn.Module):
+    """Two residual branches that cost nearly all there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.first = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.second = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.first(x)
+        return self.head(x + self.second(x))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+def test_the_final_choice_keeps_branches_that_the_search_kept(share: float) -> None:
+    """Inside a branch that is gone units are free: were their scores not lost with it, branches would close."""
+    torch.manual_seed(0)
+    gated = prunegate.attach(TwoBranches(), torch.randn(1, 4), units=UNITS)
+    gated.logits.data.fill_(4.0)
+    for group in gated.groups:
+        if group.size == 32:  # units that the search could not tell apart
+            gated.logits.data[group.slice] = torch.linspace(0.01, -0.01, 32)
+    budget = prunegate.Budget(gated, flops=share, steps=1, ignore=["stem"])
+    budget.finish()
+    assert bool(gated.mask[blocks_of(gated)].all())
+    assert 0.95 * share < gated.cost.flops(gated.mask) / gated.cost.flops() <= share
+
+
 def test_the_final_choice_closes_a_branch_that_the_search_closed() -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=4)
