@@ -20,7 +20,7 @@ from torch import Tensor
 from prunegate.errors import BudgetError
 from prunegate.polynomial import Polynomial
 
-__all__ = ["Limit", "Selection", "Width", "greatest_cost", "least_cost", "select"]
+__all__ = ["Limit", "Selection", "Width", "greatest_mask", "least_cost", "least_mask", "select"]
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -145,18 +145,23 @@ def select(scores: Tensor, limits: Sequence[Limit], widths: Sequence[Width], tho
     return Selection(mask, kept, max(kept, problem.bound(levels)), problem.is_full(levels))
 
 
-def least_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
-    """The cost when every group keeps as little as it may."""
+def least_mask(cost: Polynomial, widths: Sequence[Width]) -> Tensor:
+    """The mask in which every group keeps as little as it may, with the cheapest operators."""
     mask = torch.ones(cost.n_gates, dtype=torch.bool)
     for width in widths:
         if not width.one_of:
             mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
-    return cost.exact(_with_operators(mask, cost, widths, dearest=False))
+    return _with_operators(mask, cost, widths, dearest=False)
 
 
-def greatest_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
-    """The cost when every unit stays, with the costliest operators."""
-    return cost.exact(_with_operators(torch.ones(cost.n_gates, dtype=torch.bool), cost, widths, dearest=True))
+def least_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
+    """The cost when every group keeps as little as it may."""
+    return cost.exact(least_mask(cost, widths))
+
+
+def greatest_mask(cost: Polynomial, widths: Sequence[Width]) -> Tensor:
+    """The mask in which every unit stays, with the costliest operators."""
+    return _with_operators(torch.ones(cost.n_gates, dtype=torch.bool), cost, widths, dearest=True)
 
 
 def _with_operators(mask: Tensor, cost: Polynomial, widths: Sequence[Width], dearest: bool) -> Tensor:
@@ -279,11 +284,7 @@ class _Problem:
         """The gate of the cheapest operator of each choice where little else is kept, by the choice's first gate."""
         if not any(width.one_of for width in widths):
             return {}
-        mask = torch.ones(self.scores.size, dtype=torch.bool)
-        for width in widths:
-            if not width.one_of:
-                mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
-        mask = _with_operators(mask, self.limits[0].cost, widths, dearest=False)
+        mask = least_mask(self.limits[0].cost, widths)
         return {w.slice.start: w.slice.start + int(mask[w.slice].int().argmax()) for w in widths if w.one_of}
 
     def _worthwhile(self, width: Width, price: _Floats, cheapest: int) -> _Ints:

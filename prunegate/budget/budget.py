@@ -17,6 +17,7 @@ from prunegate.budget.memory import MemoryModel
 from prunegate.budget.mixing import Mixing
 from prunegate.budget.nested import Levels, smallest_of
 from prunegate.budget.projection import project
+from prunegate.budget.promise import Exact, Promise
 from prunegate.budget.schedule import Schedule, ramp
 from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
@@ -108,14 +109,19 @@ class Budget:
         self._gates = gated.prunegate
         self._tau, self._noise = ramp("tau", tau, positive=True), ramp("noise", noise, positive=False)
         costs = dict(gated.cost.polynomials)
+        exact: dict[str, Exact] = {}
         if latency is not None or latency_ms is not None:
             if latency is not None and latency_ms is not None:
                 raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
-            costs["latency"] = _latency_table(gated, latency_table).polynomial(gated)
-        self._memory = None if memory_mb is None else MemoryModel(gated)
-        points = [] if self._memory is None else [self._memory.cost(point) for point in self._memory.likely()]
-        if points:
+            table = _latency_table(gated, latency_table)
+            costs["latency"] = table.polynomial(gated)
+            predict = table.predictor(gated)
+            exact["latency"] = lambda mask: round(predict(mask) * PICOSECONDS)
+        memory = None if memory_mb is None else MemoryModel(gated)
+        points = [] if memory is None else [memory.cost(point) for point in memory.likely()]
+        if memory is not None:
             costs["memory"] = points[0]
+            exact["memory"] = lambda mask: memory.peak(mask)[0]
         self._costs = costs
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
@@ -127,9 +133,10 @@ class Budget:
             self._levels = Levels(made)
         asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms,
                  "memory_mb": memory_mb}  # fmt: skip
-        self._limits = make_limits(asked, costs, self._widths)
+        self._limits = make_limits(asked, costs, self._widths, exact)
         # The peak is where most is held at once: each such point must stay below the limit.
         self._limits += [Limit("memory", cost, self._limits[-1].most) for cost in points[1:]]
+        self._promise = Promise(self._limits, self._widths, gated.gate_map.start(), exact, memory)
         n = gated.logits.numel()
         self._learner = Learner(self._widths, n)
         self._mixing = Mixing.of(self._widths, [limit.cost for limit in self._limits], n)
@@ -262,32 +269,17 @@ class Budget:
         name, cost = self._cost(name)
         if self.phase == "search":
             return float(cost.expected(self._probabilities())) / _unit(name)
-        return self._exact(name, cost, self._gates.mask().cpu()) / _unit(name)
+        return self._promise.used(Limit(name, cost, 0), self._gates.mask().cpu()) / _unit(name)
 
     def report(self) -> str:
         """One line per budget: how much of it is used, and why not more. Meant for people."""
-        mask = self._gates.mask().cpu()
-        used = {limit.name: self._exact(limit.name, limit.cost, mask) for limit in self._named_limits()}
-        filled = any(used[limit.name] >= 0.99 * limit.most for limit in self._limits)
-        lines = []
-        for limit in self._named_limits():
-            share = used[limit.name] / limit.most
-            shown = f"{show(limit.name, used[limit.name])} of {show(limit.name, limit.most)}"
-            line = f"{limit.name}: {shown} ({share:.2%} of the budget)"
-            if self.selection is not None and share < 0.99:
-                if filled:
-                    line += "; another budget binds"
-                elif self.selection.full:
-                    line += "; one step more of any group would exceed a budget"
-            lines.append(line)
-        if self.selection is not None:
-            lines.append(f"score within {self.selection.gap:.3%} of the relaxation's bound")
-        return "\n".join(lines)
+        return self._promise.report(self._gates.mask().cpu(), self.selection)
 
     def __repr__(self) -> str:
         asked = ", ".join(
-            f"{limit.name}={show(limit.name, limit.most)} of {show(limit.name, limit.cost.dense)}"
-            for limit in self._named_limits()
+            f"{limit.name}={show(limit.name, self._promise.asked[limit.name])} of "
+            f"{show(limit.name, self._promise.dense(limit))}"
+            for limit in self._promise.named()
         )
         return f"Budget({asked}; step {self.step_count} of {self.steps}, {self.phase})"
 
@@ -393,16 +385,6 @@ class Budget:
             raise BudgetError(f"there is no cost named {name!r}; expected one of {', '.join(self._costs)}")
         return name, self._costs[name]
 
-    def _named_limits(self) -> list[Limit]:
-        """The first limit of each name: a budget on memory has one for every point where much is held."""
-        first: dict[str, Limit] = {}
-        for limit in self._limits:
-            first.setdefault(limit.name, limit)
-        return list(first.values())
-
-    def _exact(self, name: str, cost: Polynomial, mask: Tensor) -> int:
-        return self._memory.peak(mask)[0] if name == "memory" and self._memory is not None else cost.exact(mask)
-
     def _scale(self) -> float:
         return max(self._gates.noise, NOISE_FLOOR)
 
@@ -492,9 +474,7 @@ class Budget:
         found = project(ranks, final, self._scale(), self._widths, self._shift, self._mixing)
         self._shift = found.shift
         scores = self._scores(found.logits)
-        self.selection = select(scores, self._limits, self._widths)
-        while self._memory is not None and self._add_point(self._memory, self.selection.mask):
-            self.selection = select(scores, self._limits, self._widths)
+        self.selection = self._promise.choose(scores)
         with torch.no_grad():
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
         self._written = self.gated.logits.detach().cpu().clone()
@@ -512,14 +492,6 @@ class Budget:
         scores = self._scores(found.logits)
         self._shift = before
         return scores
-
-    def _add_point(self, memory: MemoryModel, mask: Tensor) -> bool:
-        """Limits the point that has the mask's peak too, if it is above the budget; returns whether it is."""
-        most = next(limit.most for limit in self._limits if limit.name == "memory")
-        peak, point = memory.peak(mask)
-        if peak > most:
-            self._limits.append(Limit("memory", memory.cost(point), most))
-        return peak > most
 
     def _current_mask(self, flops: float | None = None) -> Tensor:
         if flops is not None:

@@ -19,7 +19,8 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ _SHARES = {1: (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0), 2: (0.125, 0.3
 _SHARES_OF_MANY = (0.25, 0.625, 1.0)
 _MOST_VARIABLES = 3
 _BLOCK = 16  # elements that a kernel's innermost loop takes at once, at most
-_CUTS = (1.0, 0.7, 0.45, 0.25)  # shares kept in the cuts that predictions are calibrated on
+_CUTS = (0.75, 0.5, 0.3)  # mean shares kept in the cuts that predictions are calibrated on
+_SPREAD = 0.2  # how far a group's share is from the mean at most
+_DENSE_COUNTS = 3.0  # shares are shares of the dense model's time
 
 @dataclass
 class LatencyTable:
@@ -106,19 +109,23 @@ class LatencyTable:
 
     def _calibrate(self, gated: GatedModel, operators: Sequence[Operator]) -> None:
         """Sets off whole forwards of the model, dense and cut, against the sums of their operators."""
-        sums, wholes = [], []
-        for share in _CUTS:
-            mask = _share_of_every_group(gated, share)
+        sums, wholes, weights = [], [], []
+        masks = [(gated.gate_map.start(), _DENSE_COUNTS), *((mask, 1.0) for mask in _cuts_like_a_searchs(gated))]
+        for mask, weight in masks:
             try:
                 cut = _cut(gated, mask)
             except ExportError:
                 continue
             wholes.append(time_call(call_model, (cut, gated.example_input), {}, 1.0, 10))
             sums.append(self._sum(gated, operators, mask))
-        if wholes:
-            columns = np.stack([np.ones(len(sums)), np.array(sums)], axis=1)[:, -min(2, len(sums)) :]
-            found = _non_negative_least_squares(columns / np.array(wholes)[:, None], np.ones(len(wholes)))
-            self.overhead[_model_key(operators)] = (float(found[:-1].sum()), float(found[-1]))
+            weights.append(weight)
+        if not wholes:
+            return
+        # Two unknowns need two forwards; with one there is only the factor.
+        columns = np.stack([np.ones(len(sums)), np.array(sums)], axis=1)[:, -min(2, len(sums)) :]
+        relative = np.array(weights) / np.array(wholes)
+        found = _non_negative_least_squares(columns * relative[:, None], np.array(weights))
+        self.overhead[_model_key(operators)] = (float(found[:-1].sum()), float(found[-1]))
 
     def _sum(self, gated: GatedModel, operators: Sequence[Operator], mask: Tensor) -> float:
         """Milliseconds of all operators that run under a mask."""
@@ -135,14 +142,10 @@ class LatencyTable:
         Raises:
             BudgetError: The table is of another device, or lacks an operator.
         """
-        self.check(gated.logits.device)
-        operators = self._known(gated)
-        added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
-        mask = gated.gate_map.start() if mask is None else mask.cpu()
-        return added + scale * self._sum(gated, operators, mask)
+        return self.predictor(gated)(gated.gate_map.start() if mask is None else mask.cpu())
 
-    def polynomial(self, gated: GatedModel) -> Polynomial:
-        """The latency as a cost of the mask, in picoseconds: the non-negative fit of each operator's times.
+    def predictor(self, gated: GatedModel) -> Callable[[Tensor], float]:
+        """Gives milliseconds of a forward for one mask (bool ``[n_gates]``, on the CPU) after another.
 
         Raises:
             BudgetError: The table is of another device, or lacks an operator.
@@ -150,27 +153,52 @@ class LatencyTable:
         self.check(gated.logits.device)
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
-        builder = PolynomialBuilder(gated.logits.numel(), gated.gate_map.start())
-        builder.add(round(added * PICOSECONDS), [])
+        return lambda mask: added + scale * self._sum(gated, operators, mask)
+
+    def polynomial(self, gated: GatedModel) -> Polynomial:
+        """The latency as a cost of the mask, in picoseconds: the non-negative fit of each operator's times.
+
+        Measured times rise in steps and widths that fill a kernel's blocks are faster than those beside them, so it is
+        scaled to agree with :meth:`predict` at the widths of a search, not at the dense model's.
+
+        Raises:
+            BudgetError: The table is of another device, or lacks an operator.
+        """
+        predict = self.predictor(gated)
+        operators = self._known(gated)
+        added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         blocks = factors_of(gated.gate_map.blocks)[0]
-        fits: dict[str, list[tuple[tuple[int, ...], float]]] = {}
-        for operator in operators:
-            if operator.key not in fits:
-                fits[operator.key] = _fit(self.operators[operator.key])
-            for variables, milliseconds in fits[operator.key]:
-                whole = math.prod(operator.gates[v].numel() for v in variables)
-                coefficient = round(scale * milliseconds * PICOSECONDS / whole)
+        fits = {operator.key: _fit(self.operators[operator.key]) for operator in operators}
+
+        def build(scale: float) -> Polynomial:
+            builder = PolynomialBuilder(gated.logits.numel(), gated.gate_map.start())
+            builder.add(round(added * PICOSECONDS), [])
+            for operator in operators:
                 there = operator.there + blocks.get(id(operator.op), [])
-                builder.add(coefficient, [operator.gates[v] for v in variables] + there)
-        return builder.build()
+                for variables, milliseconds in fits[operator.key]:
+                    whole = math.prod(operator.gates[v].numel() for v in variables)
+                    coefficient = round(scale * milliseconds * PICOSECONDS / whole)
+                    builder.add(coefficient, [operator.gates[v] for v in variables] + there)
+            return builder.build()
+
+        fitted = build(scale)
+        masks = _cuts_like_a_searchs(gated)
+        predicted = sum(predict(mask) - added for mask in masks)
+        modelled = sum(fitted.exact(mask) / PICOSECONDS - added for mask in masks)
+        return build(scale * predicted / modelled) if modelled > 0 else fitted
 
     def _known(self, gated: GatedModel) -> list[Operator]:
         operators = find_operators(gated)
         missing = sorted({operator.key for operator in operators} - set(self.operators))
         if missing:
+            known = _dtypes(self.operators)
+            foreign = sorted(_dtypes(missing) - known)
+            if foreign:
+                why = f"was measured in {', '.join(sorted(known)) or 'no type'}, the model computes in {foreign[0]}"
+            else:
+                why = f"does not know {len(missing)} of the model's operators, the first is {missing[0]}"
             raise BudgetError(
-                f"the latency table does not know {len(missing)} of the model's operators, the first is {missing[0]}; "
-                "measure them on this device: python tools/latency.py MODEL --extend TABLE"
+                f"the latency table {why}; measure them on this device: python tools/latency.py MODEL --extend TABLE"
             )
         return operators
 
@@ -238,17 +266,23 @@ def device_name(device: torch.device) -> str:
     return str(device)
 
 
-def _share_of_every_group(gated: GatedModel, share: float) -> Tensor:
-    """A mask that keeps the same share of every group, at odd widths as a search would."""
-    mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
-    for group in gated.groups:
-        kept = max(1, round(share * group.size))
-        if share < 1 and group.size >= 4 * _BLOCK:
-            kept |= 1
-        if group.kind == ONE_OF:
-            kept = 1
-        mask[group.slice.start : group.slice.start + kept] = True
-    return mask
+def _dtypes(keys: Iterable[str]) -> set[str]:
+    """The floating-point types of operands in operators' keys."""
+    return {found for key in keys for found in re.findall(r"\b(b?float\d+|complex\d+)\[", key)}
+
+
+def _cuts_like_a_searchs(gated: GatedModel) -> list[Tensor]:
+    """Masks with widths as after a search: odd, and from layer to layer others."""
+    generator = torch.Generator().manual_seed(0)
+    masks = []
+    for mean in _CUTS:
+        mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
+        for group in gated.groups:
+            share = mean + _SPREAD * (2 * float(torch.rand((), generator=generator)) - 1)
+            kept = 1 if group.kind == ONE_OF else max(1, round(share * group.size))
+            mask[group.slice.start : group.slice.start + kept] = True
+        masks.append(mask)
+    return masks
 
 
 def _cut(gated: GatedModel, mask: Tensor) -> nn.Module:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prunegate.errors import BudgetError
 from prunegate.groups import BLOCK, Group
 from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial
-from prunegate.select import Limit, Width, greatest_cost, least_cost
+from prunegate.select import Limit, Width, greatest_mask, least_mask
 
 __all__ = ["MEGABYTE", "PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
 
@@ -37,7 +38,8 @@ _ABSOLUTE = {
 _COST_OF = {"latency_ms": "latency", "memory_mb": "memory"}
 
 
-def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], widths: Sequence[Width]) -> list[Limit]:
+def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], widths: Sequence[Width],
+                exact: Mapping[str, Callable[[Tensor], int]] | None = None) -> list[Limit]:  # fmt: skip
     """Budgets as limits in units of the cost.
 
     Args:
@@ -45,6 +47,7 @@ def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], width
             ``"memory_mb"`` (an absolute number above 0); ``None`` means no budget.
         costs: The costs by name.
         widths: What each group may keep.
+        exact: Costs that their polynomial only comes close to, as functions of the mask.
 
     Raises:
         BudgetError: There is no budget, a value is malformed, or it is out of reach (with the reachable range).
@@ -56,10 +59,15 @@ def make_limits(asked: Mapping[str, Any], costs: Mapping[str, Polynomial], width
             f"no budget was given; pass at least one of {names}: a share of the dense cost in (0, 1], or an absolute "
             f"number of {_LEAST_ABSOLUTE} or more (latency_ms: milliseconds, memory_mb: megabytes)"
         )
-    return [_limit(name, value, costs[_COST_OF.get(name, name)], widths) for name, value in given.items()]
+    limits = []
+    for name, value in given.items():
+        cost = costs[_COST_OF.get(name, name)]
+        measured = (exact or {}).get(_COST_OF.get(name, name), cost.exact)
+        limits.append(_limit(name, value, cost, measured, widths))
+    return limits
 
 
-def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> Limit:
+def _limit(name: str, value: Any, cost: Polynomial, exact: Callable[[Tensor], int], widths: Sequence[Width]) -> Limit:
     in_time = name.startswith("latency")
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if name in _ABSOLUTE:
@@ -70,15 +78,15 @@ def _limit(name: str, value: Any, cost: Polynomial, widths: Sequence[Width]) -> 
         absolute = number and value >= _LEAST_ABSOLUTE and not in_time
         if in_time:
             expected = "a share of the dense latency in (0, 1] (latency_ms= takes milliseconds)"
-    least, greatest = least_cost(cost, widths), greatest_cost(cost, widths)
+    least, greatest, dense = exact(least_mask(cost, widths)), exact(greatest_mask(cost, widths)), exact(cost.start)
     reachable = (
         f"reachable is {show(name, least)} to {show(name, greatest)}, or a share of "
-        f"{_share_up(least, cost.dense)} to 1 of the dense model"
+        f"{_share_up(least, dense)} to 1 of the dense model"
     )
     share = number and name not in _ABSOLUTE and 0 < value <= 1
     if not number or not math.isfinite(value) or not (absolute or share):
         raise BudgetError(f"{name}={value!r} was given; expected {expected}; {reachable}")
-    most = math.floor(value * unit) if absolute else math.floor(value * cost.dense)
+    most = math.floor(value * unit) if absolute else math.floor(value * dense)
     if not least <= most <= greatest:
         remedy = "lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less"
         raise BudgetError(f"{name}={value!r} is out of reach: that is {show(name, most)}, and {reachable}; {remedy}")
