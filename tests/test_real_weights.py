@@ -53,7 +53,7 @@ def test_a_row_keeps_to_the_budget_and_learns_from_the_dense_network(method: str
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     args = Namespace(size=12, steps=60, batch=16, lr=0.01)
     training, other = _crops(dense, 100), _crops(dense, 50)
-    row = real_weights.measure(dense, {"method": method, "budget": 0.5, "seed": 0}, args, training, other, other)
+    row = real_weights.measure(dense, {"method": method, "budget": 0.5, "seed": 0}, args, {}, training, other, other)
     assert 0.4 < row["share"] <= 0.5
     assert row["imagenet"] == row["held_out"]
     assert row["imagenet"]["error"] < 0.95

@@ -18,6 +18,7 @@ import copy
 import importlib.util
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ import numpy as np
 import timm
 import torch
 import torchvision
-from comparison.peers import torch_pruning
+from comparison.peers import Costs, torch_pruning
 from comparison.training import Recipe, optimizer_for
 from PIL import Image
 from timm.models import load_checkpoint
@@ -122,11 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not wanted:
             continue
         dense, mean, deviation = _MODELS[name]()
+        costs: dict[str, Costs] = defaultdict(dict)
         parts = pictures(dense, args, mean, deviation)
         for key in wanted:
             start = time.process_time()
             torch.manual_seed(key["seed"])
-            row = key | measure(dense, key, args, *parts) | {"cpu_seconds": round(time.process_time() - start, 1)}
+            known = costs[f"{key['method']}, {key['seed']}"]
+            row = key | measure(dense, key, args, known, *parts)
+            row["cpu_seconds"] = round(time.process_time() - start, 1)
             rows.append(row)
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -163,9 +167,9 @@ def _crops(dense: nn.Module, args: argparse.Namespace, mean: Colour, deviation: 
     return Crops(images, torch.cat([dense(part) for part in images.split(50)]))
 
 
-def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, training: Crops, imagenet: Crops,
-            held_out: Crops) -> dict[str, Any]:  # fmt: skip
-    """Cuts, distils, and compares with the dense network."""
+def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, costs: Costs, training: Crops,
+            imagenet: Crops, held_out: Crops) -> dict[str, Any]:  # fmt: skip
+    """Cuts, distils, and compares with the dense network; ``costs`` are those of the peer's cuts tried before."""
     example = torch.zeros(1, 3, args.size, args.size)
     whole = prunegate.count_flops(dense, example)
     recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, weight_decay=1e-4)
@@ -185,7 +189,7 @@ def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, tra
     else:
         scoring = ((images, logits.argmax(1)) for images, logits in
                    training.batches(args.batch, _SCORING_BATCHES, 5000 + key["seed"]))  # fmt: skip
-        slim = torch_pruning(dense, example, key["budget"] * whole, scoring, {}, **options)
+        slim = torch_pruning(dense, example, key["budget"] * whole, scoring, costs, **options)
         before = compare(slim, imagenet)
         distil(slim, batches, optimizer_for(slim, recipe), recipe, range(args.steps))
     return {
