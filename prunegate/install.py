@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunegate.gates import Gates, Sample
 from prunegate.groups import GateMap
+from prunegate.gumbel import gated_product
 from prunegate.labels.endings import endings
 from prunegate.labels.record import Call
 from prunegate.labels.trace import Trace
@@ -195,10 +196,10 @@ def _multiplied(args: Sequence[Any], kwargs: dict[str, Any], pieces: Sequence[tu
     for argument, piece in pieces:
         if argument < len(tensors):
             at = tensors[argument]
-            positional[at] = positional[at] * gates[piece].to(positional[at].dtype)
+            positional[at] = gated_product(positional[at], gates[piece])
         else:
             key = named[argument - len(tensors)]
-            kwargs[key] = kwargs[key] * gates[piece].to(kwargs[key].dtype)
+            kwargs[key] = gated_product(kwargs[key], gates[piece])
     return positional
 
 
@@ -229,6 +230,8 @@ def _gated_class(base: Any, names: tuple[str, ...], lists: tuple[str, ...]) -> t
     namespace: dict[str, Any] = {name: property(functools.partial(_read, name=name)) for name in names}
     for key in lists:
         namespace[key] = property(functools.partial(_read_list, key=key), functools.partial(_write, key=key))
+    if "weight" in names and base.forward in _CONTRACTIONS:
+        namespace["forward"] = _contracted
     namespace |= {
         "_prunegate_base": base,
         "_prunegate_lists": lists,
@@ -245,8 +248,43 @@ def _read(module: nn.Module, name: str) -> Tensor | None:
         return parameter
     value: Tensor = parameter
     for site in module.__dict__["_prunegate_gated"][name]:
-        value = value * gates[site].to(value.dtype)
+        value = gated_product(value, gates[site])
     return value
+
+
+def _linear(module: Any, input: Tensor, weight: Tensor) -> Tensor:
+    return nn.functional.linear(input, weight, module.bias)
+
+
+def _convolution(module: Any, input: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = module._conv_forward(input, weight, module.bias)
+    return result
+
+
+# Forwards that do nothing but contract their input's channels with the weight: the same, for a weight given to them.
+_CONTRACTIONS: dict[Any, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    nn.Linear.forward: _linear,
+    nn.Conv1d.forward: _convolution,
+    nn.Conv2d.forward: _convolution,
+    nn.Conv3d.forward: _convolution,
+}
+
+
+def _contracted(module: Any, input: Tensor) -> Tensor:
+    """The forward of such a module. Gates on the weight's input channels may as well stand on the input.
+
+    They go to the smaller of the two: late in a convolutional network at few images that is the input, by far.
+    """
+    base, weight = type(module)._prunegate_base, module._parameters["weight"]
+    gates = module.__dict__["_prunegate_sample"].pieces
+    if gates is not None and input.numel() < weight.numel() and getattr(module, "groups", 1) == 1:
+        pieces = [gates[site] for site in module.__dict__["_prunegate_gated"]["weight"]]
+        if all(piece.shape[0] == 1 for piece in pieces):
+            for piece in pieces:
+                input = gated_product(input, piece.squeeze(0))
+            return _CONTRACTIONS[base.forward](module, input, weight)
+    result: Tensor = base.forward(module, input)
+    return result
 
 
 def _read_list(module: nn.Module, key: str) -> list[Tensor | None]:
