@@ -36,6 +36,36 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("eval/top1")] == [(0, 0.0), (1, 10.0), (2, 20.0)]
 
 
+def three_epochs(name: str, folder: Path) -> loggers.Logger:
+    (logger,) = loggers.create_loggers([name], {"model": "resnet18", "lr": 0.1}, folder)
+    for epoch in range(3):
+        loggers.log_row([logger], {"epoch": epoch, "phase": "search", "eval_top1": 10.0 * epoch})
+    logger.finish()
+    return logger
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_writes_a_run_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = three_epochs("wandb", tmp_path)._run
+    assert (run.summary["eval_top1"], run.config["model"]) == (20.0, "resnet18")
+    assert [path.stat().st_size > 0 for path in tmp_path.rglob("*.wandb")] == [True]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_gives_back_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'runs.db'}")
+    three_epochs("mlflow", tmp_path)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.data.params == {"model": "resnet18", "lr": "0.1"}
+    history = client.get_metric_history(run.info.run_id, "eval_top1")
+    assert [(each.step, each.value) for each in history] == [(0, 0.0), (1, 10.0), (2, 20.0)]
+
+
 def test_an_unknown_logger_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="expected some of tensorboard"):
         loggers.create_loggers(["paper"], {}, tmp_path)
