@@ -5,11 +5,13 @@
 Kernels are compiled ahead of time, and the binary is taken apart with the tools that Triton brings. The bytes of the
 eager baseline are what its operations read and write, forward and backward: those of
 ``torch.nn.functional.gumbel_softmax(hard=True)``, and for the norms the same formula in torch. The expected limit is
-the slowest of three on the named card: moving the bytes, issuing the instructions, and the special function unit. It
-is arithmetic, not a measurement. Kernels with loops are counted whole, so what stands before and after the loop
-weighs on one step of it, and their instructions an element are an upper bound. Logits and gradient of 64 rows of
-50,257 are 26 MB, which the second-level cache of each card holds: what backward reads again comes from there, at
-about twice the memory's speed, and counts half. Ragged rows are 50 long, and read again from the first-level cache.
+the slowest of what a kernel needs on the named card: moving the bytes; issuing the instructions; and each of the units
+that execute them (the one for integers, comparisons and selections; that for float32 and integer multiplication; the
+special functions). The baseline is taken to move its bytes at the card's full bandwidth. It is arithmetic, not a
+measurement. A lane that has no element counts as one that does. A kernel with a loop is counted whole, so what stands
+before and after the loop weighs on one step of it. Work that one kernel leaves for the next of 64 rows of 50,257 is
+13 MB, which the second-level cache of each card holds: what is read again comes from there, at about twice the memory's
+speed, and counts half. Ragged rows are 50 long on average, and read again from the first-level cache.
 
 The command fails if any kernel spills.
 """
@@ -47,12 +49,22 @@ class Card(NamedTuple):
     bandwidth: float  # bytes a second
     processors: int
     clock: float  # cycles a second
+    floats: int  # float32 operations a cycle and processor
 
 
 CARDS = {
-    80: Card("A100 80 GB", 2.04e12, 108, 1.41e9),
-    90: Card("H100 SXM", 3.35e12, 132, 1.83e9),
-    100: Card("B200", 8.0e12, 148, 1.85e9),
+    80: Card("A100 80 GB", 2.04e12, 108, 1.41e9, 64),
+    90: Card("H100 SXM", 3.35e12, 132, 1.83e9, 128),
+    100: Card("B200", 8.0e12, 148, 1.85e9, 128),
+}
+
+
+# Which instructions run on which unit. Special functions include conversions but the fast one from integers.
+UNITS = {
+    "integer": r"(LOP|IADD|SHF|SHL|SHR|ISETP|FSETP|FSEL|SEL|IMNMX|VIMNMX|FMNMX|LEA|PRMT|PLOP|I2FP|VIADD|MOV\b|P2R|R2P)",
+    "multiply": r"IMAD",
+    "float": r"(FFMA|FMUL|FADD|IMAD)",
+    "special": r"(MUFU|I2F\b|F2I|F2F|POPC|FLO)",
 }
 
 
@@ -63,7 +75,7 @@ class Job(NamedTuple):
     kernel: Any
     constants: dict[str, int | bool]
     elements: int
-    moved: int  # bytes an element, read and written
+    moved: float  # bytes an element, read and written
     warps: int
 
 
@@ -73,8 +85,12 @@ class Binary(NamedTuple):
     registers: int
     spilled: int
     shared: int
-    instructions: float  # an element
-    special: float  # instructions of the special function unit, an element
+    # Instructions an element: all, and those of each kind of unit.
+    instructions: float
+    integer: float
+    multiply: float
+    float_: float
+    special: float
 
 
 def jobs() -> list[Job]:
@@ -87,23 +103,26 @@ def jobs() -> list[Job]:
     found.append(Job("gates backward", kernels.gates_backward, {**gates, **plain}, ELEMENTS, 12, 4))
     found.append(Job("reinmax gates backward", kernels.gates_backward, {**gates, **reinmax}, ELEMENTS, 12, 4))
     for columns in (4, 32, 1024, 4096):
-        plan = plan_rows(columns, False)
+        plan = plan_rows(columns)
         tile = {**common, "QUARTER": plan.quarter, "ROWS": plan.rows}
         real = columns * plan.rows
         name = f"rows of {columns}"
         found.append(Job(f"{name} forward", kernels.tile_forward, {**tile, "HARD": True}, real, 8, plan.warps))
         found.append(Job(f"{name} backward", kernels.tile_backward, {**tile, **plain}, real, 12, plan.warps))
-    plan = plan_rows(50_257, False, 64)
-    row = {**common, "QUARTER": plan.quarter}
-    name, winners = "64 rows of 50257", {"QUARTER": plan.quarter, "FAST": True}
-    found.append(Job(f"{name} forward", kernels.row_winners, winners, plan.span, 8, plan.warps))
-    found.append(Job(f"{name} sums", kernels.row_sums, row, plan.span, 8, plan.warps))
-    shared = {**row, "RAGGED": False, "PARTS": 16}
-    found.append(Job(f"{name} backward", kernels.row_backward, shared, plan.span, 4 + 8 // 2, plan.warps))
-    plan = plan_rows(50, True)
-    row = {**common, "QUARTER": plan.quarter, "RAGGED": True}
-    found.append(Job("ragged rows forward", kernels.row_forward, {**row, "HARD": True}, 50, 8, plan.warps))
-    found.append(Job("ragged rows backward", kernels.row_backward, {**row, "PARTS": 0}, 50, 12, plan.warps))
+    plan = plan_rows(50_257)
+    block = {"QUARTER": plan.quarter}
+    name, real = "64 rows of 50257", 50_257 // plan.parts
+    found.append(Job(f"{name} forward", kernels.part_winners, {**block, "FAST": True}, real, 8, plan.warps))
+    sums = {**block, **common, "GRADIENT": True}
+    found.append(Job(f"{name} sums", kernels.part_sums, sums, real, 12, plan.warps))
+    finish = {**block, "POINTER": False, "GRADIENT": True, "PARTS": 16}
+    found.append(Job(f"{name} finish", kernels.part_finish, finish, real, 4 + 8 / 2, plan.warps))
+    plan = plan_rows(50)
+    ragged = {"QUARTER": plan.quarter, "ROWS": plan.rows, "FAST": True}
+    real = 50 * plan.rows
+    found.append(Job("ragged rows forward", kernels.ragged_winners, ragged, real, 8, plan.warps))
+    sums = {**ragged, "POINTER": False, "GRADIENT": True}
+    found.append(Job("ragged rows backward", kernels.ragged_sums, sums, real, 12, plan.warps))
     for columns in (384, 4096):
         constants = {"CENTRE": True, "HAS_WEIGHT": True, "WIDTH": 1 << (columns - 1).bit_length()}
         warps = launch_warps(columns)
@@ -118,7 +137,7 @@ def jobs() -> list[Job]:
 def examine(job: Job, capability: int) -> Binary:
     """Compiles a kernel for one kind of GPU and takes the binary apart."""
     types = {"state": "*i64", "offsets": "*i64", "winners": "*i32"} | dict.fromkeys(("tau", "eps"), "fp32")
-    types |= dict.fromkeys(("count", "rows", "columns", "span"), "i32")
+    types |= dict.fromkeys(("count", "rows", "columns"), "i32")
     names = job.kernel.arg_names
     signature = {name: "constexpr" if name in job.constants else types.get(name, "*fp32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
@@ -130,7 +149,7 @@ def examine(job: Job, capability: int) -> Binary:
         code = _run("cuobjdump", "-sass", file.name)
     operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", code, re.MULTILINE)
     operations = [operation for operation in operations if operation != "NOP"]
-    special = sum(operation.startswith("MUFU") for operation in operations)
+    counts = {unit: sum(bool(re.match(names, operation)) for operation in operations) for unit, names in UNITS.items()}
     threads = 32 * job.warps
     numbers = {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d\])?:(\d+)", usage)}
     return Binary(
@@ -139,7 +158,7 @@ def examine(job: Job, capability: int) -> Binary:
         numbers["STACK"] + numbers["LOCAL"],
         compiled.metadata.shared,
         len(operations) * threads / job.elements,
-        special * threads / job.elements,
+        *(counts[unit] * threads / job.elements for unit in ("integer", "multiply", "float", "special")),
     )
 
 
@@ -147,12 +166,15 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def limit(binary: Binary, moved: int, card: Card) -> tuple[float, str]:
+def limit(binary: Binary, moved: float, card: Card) -> tuple[float, str]:
     """Most elements a second, and what holds them back."""
     cycles = card.processors * card.clock
     rates = {
         "bandwidth": card.bandwidth / moved,
         "issue": 128 * cycles / binary.instructions,
+        "integer unit": 64 * cycles / max(binary.integer, 1e-9),
+        "integer multiplication": 64 * cycles / max(binary.multiply, 1e-9),
+        "float unit": card.floats * cycles / max(binary.float_, 1e-9),
         "special functions": 16 * cycles / max(binary.special, 1e-9),
     }
     slowest = min(rates, key=rates.__getitem__)
@@ -208,22 +230,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", nargs="+", type=int, default=[80, 90, 100], choices=sorted(CARDS))
     options = parser.parse_args(argv)
-    console = Console(width=130)
+    console = Console(width=150)
     spilling = []
     eager = eager_bytes()
     for capability in options.capability:
         card = CARDS[capability]
-        table = Table(
-            "kernel", "registers", "spilled bytes", "shared bytes", "instructions", "special", "bytes", "limit",
-            "10^9 a second", title=f"sm_{capability} ({card.name}), per element, float32; not measured",
-        )  # fmt: skip
+        counts = ("instructions", "integer", "multiply", "float", "special")
+        title = f"sm_{capability} ({card.name}): instructions and bytes an element, float32; not measured"
+        table = Table("kernel", "registers", "spilled", "shared", *counts, "bytes", "limit", "10^9/s", title=title)
         seconds: dict[str, float] = {}
         for job in jobs():
             binary = examine(job, capability)
             rate, reason = limit(binary, job.moved, card)
             table.add_row(
                 job.name, str(binary.registers), str(binary.spilled), str(binary.shared),
-                f"{binary.instructions:.0f}", f"{binary.special:.1f}", str(job.moved), reason, f"{rate / 1e9:.0f}",
+                *(f"{count:.1f}" for count in binary[3:]), f"{job.moved:.0f}", reason, f"{rate / 1e9:.0f}",
             )  # fmt: skip
             if binary.spilled:
                 spilling.append(f"{job.name} on sm_{capability}")

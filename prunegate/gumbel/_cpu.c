@@ -11,7 +11,6 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
@@ -32,6 +31,9 @@ typedef struct {
     uint32_t step, draw;
 } Key;
 
+/* What is written beside hard gates: the slope of the relaxed gate, its mean over conditional draws, or ReinMax's. */
+enum { RELAXED, HARD, CONDITIONAL, REINMAX };
+
 typedef struct {
     Key key;
     const float *logits, *gradient, *saved;
@@ -39,7 +41,7 @@ typedef struct {
     const int64_t *offsets;
     int64_t columns;
     float inverse_tau;
-    int binary, draws, reinmax;
+    int binary, draws, kind;
 } Work;
 
 typedef struct {
@@ -51,21 +53,12 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    const float *x, *gate, *gradient;
-    float *out, *sums;
-    int64_t channels, run, rows_a_share;
-} Product;
-
-typedef struct {
     void (*sigmoid_forward)(const Work *, int64_t, int64_t);
-    void (*sigmoid_backward)(const Work *, int64_t, int64_t);
     int64_t (*softmax_forward)(const Work *, int64_t, int64_t);
     void (*softmax_backward)(const Work *, int64_t, int64_t);
     void (*noise)(const Work *, int64_t, int64_t);
     void (*norm_forward)(const Norm *, int64_t, int64_t);
     void (*norm_backward)(const Norm *, int64_t, int64_t);
-    void (*product_forward)(const Product *, int64_t, int64_t);
-    void (*product_backward)(const Product *, int64_t, int64_t);
 } Kernels;
 
 /* Four independent chains of arithmetic side by side keep the processor's units busy. */
@@ -84,6 +77,20 @@ typedef struct {
 #else
 #define MUL_LOW(a, b) (((a) & 0xFFFFFFFFull) * ((b) & 0xFFFFFFFFull))
 #endif
+#define MASK base_vi
+#define SELECT_SIGN(sign, negative, other) base_where((sign) < 0, negative, other)
+#define SELECT_ZERO(v, yes, no) base_where((v) == 0, yes, no)
+#define EQUAL(a, b) ((a) == (b))
+#define ABOVE(a, b) ((a) > (b))
+#define UNORDERED(a, b) (((a) != (a)) | ((b) != (b)))
+#define KEPT(mask, v) ((base_vf)((mask) & (base_vi)(v)))
+#define POISONED(mask, v) ((base_vf)((mask) | (base_vi)(v)))
+#define BITS(mask) (((mask)[0] & 1) | ((mask)[1] & 2) | ((mask)[2] & 4) | ((mask)[3] & 8))
+#define PAIRED(a, b) ((base_vi)(((a) & 0xFFFFFFFFull) | ((b) << 32)))
+#define SWAP_1(v) __builtin_shufflevector(v, v, 1, 0, 3, 2)
+#define SWAP_2(v) __builtin_shufflevector(v, v, 2, 3, 0, 1)
+#define SWAP_4(v) (v)
+#define SWAP_8(v) (v)
 #define UNPACK_LO32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
 #define UNPACK_HI32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
 #define UNPACK_LO64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
@@ -115,6 +122,21 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
 #define VMAX(a, b) ((avx2_vf)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define VMIN(a, b) ((avx2_vf)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #define MUL_LOW(a, b) ((avx2_vl)_mm256_mul_epu32((__m256i)(a), (__m256i)(b)))
+#define MASK avx2_vi
+#define SELECT_SIGN(sign, negative, other) \
+    ((avx2_vf)_mm256_blendv_ps((__m256)(other), (__m256)(negative), (__m256)(sign)))
+#define SELECT_ZERO(v, yes, no) SELECT_SIGN((v) == 0, yes, no)
+#define EQUAL(a, b) ((avx2_vi)_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_EQ_OQ))
+#define ABOVE(a, b) ((avx2_vi)_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_GT_OQ))
+#define UNORDERED(a, b) ((avx2_vi)_mm256_cmp_ps((__m256)(a), (__m256)(b), _CMP_UNORD_Q))
+#define KEPT(mask, v) ((avx2_vf)((mask) & (avx2_vi)(v)))
+#define POISONED(mask, v) ((avx2_vf)((mask) | (avx2_vi)(v)))
+#define BITS(mask) _mm256_movemask_ps((__m256)(mask))
+#define PAIRED(a, b) ((avx2_vi)_mm256_blend_epi32((__m256i)(a), _mm256_slli_epi64((__m256i)(b), 32), 0xAA))
+#define SWAP_1(v) ((avx2_vf)_mm256_permute_ps((__m256)(v), 0xB1))
+#define SWAP_2(v) ((avx2_vf)_mm256_permute_ps((__m256)(v), 0x4E))
+#define SWAP_4(v) ((avx2_vf)_mm256_permute2f128_ps((__m256)(v), (__m256)(v), 1))
+#define SWAP_8(v) (v)
 #define UNPACK_LO32(a, b) ((avx2_vi)_mm256_unpacklo_epi32((__m256i)(a), (__m256i)(b)))
 #define UNPACK_HI32(a, b) ((avx2_vi)_mm256_unpackhi_epi32((__m256i)(a), (__m256i)(b)))
 #define UNPACK_LO64(a, b) ((avx2_vi)_mm256_unpacklo_epi64((__m256i)(a), (__m256i)(b)))
@@ -139,6 +161,23 @@ static inline __attribute__((always_inline)) float avx2_sum_of_4(__m128 v)
 #define VMAX(a, b) ((avx512_vf)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define VMIN(a, b) ((avx512_vf)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define MUL_LOW(a, b) ((avx512_vl)_mm512_mul_epu32((__m512i)(a), (__m512i)(b)))
+#define MASK __mmask16
+#define SELECT_SIGN(sign, negative, other) \
+    ((avx512_vf)_mm512_mask_blend_ps(_mm512_movepi32_mask((__m512i)(sign)), (__m512)(other), (__m512)(negative)))
+#define SELECT_ZERO(v, yes, no) \
+    ((avx512_vf)_mm512_mask_blend_ps(_mm512_testn_epi32_mask((__m512i)(v), (__m512i)(v)), (__m512)(no), (__m512)(yes)))
+#define EQUAL(a, b) _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_EQ_OQ)
+#define ABOVE(a, b) _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_GT_OQ)
+#define UNORDERED(a, b) _mm512_cmp_ps_mask((__m512)(a), (__m512)(b), _CMP_UNORD_Q)
+#define KEPT(mask, v) ((avx512_vf)_mm512_maskz_mov_ps(mask, (__m512)(v)))
+#define POISONED(mask, v) ((avx512_vf)_mm512_mask_mov_ps((__m512)(v), mask, _mm512_set1_ps(NAN)))
+#define BITS(mask) (mask)
+#define PAIRED(a, b) \
+    ((avx512_vi)_mm512_mask_blend_epi32(0xAAAA, (__m512i)(a), _mm512_slli_epi64((__m512i)(b), 32)))
+#define SWAP_1(v) ((avx512_vf)_mm512_permute_ps((__m512)(v), 0xB1))
+#define SWAP_2(v) ((avx512_vf)_mm512_permute_ps((__m512)(v), 0x4E))
+#define SWAP_4(v) ((avx512_vf)_mm512_shuffle_f32x4((__m512)(v), (__m512)(v), 0xB1))
+#define SWAP_8(v) ((avx512_vf)_mm512_shuffle_f32x4((__m512)(v), (__m512)(v), 0x4E))
 #define UNPACK_LO32(a, b) ((avx512_vi)_mm512_unpacklo_epi32((__m512i)(a), (__m512i)(b)))
 #define UNPACK_HI32(a, b) ((avx512_vi)_mm512_unpackhi_epi32((__m512i)(a), (__m512i)(b)))
 #define UNPACK_LO64(a, b) ((avx512_vi)_mm512_unpacklo_epi64((__m512i)(a), (__m512i)(b)))
@@ -187,10 +226,8 @@ typedef struct {
     void (*plain)(const Work *, int64_t, int64_t);
     int64_t (*counting)(const Work *, int64_t, int64_t);
     void (*norm)(const Norm *, int64_t, int64_t);
-    void (*product)(const Product *, int64_t, int64_t);
     const Work *work;
     const Norm *normed;
-    const Product *gated;
     int64_t begin, end, result;
 } Share;
 
@@ -202,8 +239,6 @@ static void *run_share(void *argument)
         share->result = share->counting(share->work, share->begin, share->end);
     else if (share->norm)
         share->norm(share->normed, share->begin, share->end);
-    else if (share->product)
-        share->product(share->gated, share->begin, share->end);
     else
         share->plain(share->work, share->begin, share->end);
     return NULL;
@@ -281,26 +316,12 @@ static PyObject *sigmoid_forward(PyObject *self, PyObject *const *a, Py_ssize_t 
     long draws = PyLong_AsLong(a[8]);
     w.inverse_tau = (float)PyFloat_AsDouble(a[7]);
     w.draws = draws > 0 ? (int)draws : 0;
-    w.reinmax = draws < 0;
+    w.kind = !w.hard ? RELAXED : draws > 0 ? CONDITIONAL : draws < 0 ? REINMAX : HARD;
     if (!PyErr_Occurred() && draws && !w.hard)
         PyErr_SetString(PyExc_ValueError, "the slope of an estimator is that of hard gates; their address is 0");
     if (PyErr_Occurred())
         return NULL;
     run((Share){.plain = k->sigmoid_forward, .work = &w}, count, count, 64, threads);
-    Py_RETURN_NONE;
-}
-
-static PyObject *sigmoid_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
-{
-    if (arity("sigmoid_backward", n, 7))
-        return NULL;
-    const Kernels *k = take_level(a[0]);
-    Work w = {.gradient = address(a[1]), .saved = address(a[2]), .out = address(a[3])};
-    int64_t count = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[6]);
-    w.inverse_tau = (float)PyFloat_AsDouble(a[5]);
-    if (PyErr_Occurred())
-        return NULL;
-    run((Share){.plain = k->sigmoid_backward, .work = &w}, count, count, 64, threads);
     Py_RETURN_NONE;
 }
 
@@ -399,77 +420,6 @@ static PyObject *norm_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
     return PyLong_FromLongLong((rows + w.rows_a_share - 1) / w.rows_a_share);
 }
 
-/* Shorter runs of elements with one gate are multiplied as rows, by gates that are repeated first. */
-#define FEW 32
-
-/* Brings a product into the form that the kernels take, with `spaces` rows of sums to write; NULL if memory ends. */
-static float *spread(Product *p, int64_t spaces)
-{
-    int64_t repeats = p->run < FEW ? p->run : 1, columns = p->channels * repeats;
-    float *space = malloc((1 + spaces) * columns * sizeof(float));
-    if (!space) {
-        PyErr_NoMemory();
-        return NULL;
-    }
-    float *at = space;
-    for (int64_t channel = 0; channel < p->channels; channel++)
-        for (int64_t i = 0; i < repeats; i++)
-            *at++ = p->gate[channel];
-    p->gate = space;
-    p->sums = space + columns;
-    p->channels = columns;
-    p->run /= repeats;
-    return space;
-}
-
-static PyObject *product_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
-{
-    if (arity("product_forward", n, 8))
-        return NULL;
-    const Kernels *k = take_level(a[0]);
-    Product p = {.x = address(a[1]), .gate = address(a[2]), .out = address(a[3])};
-    int64_t rows = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[7]);
-    p.channels = PyLong_AsLongLong(a[5]);
-    p.run = PyLong_AsLongLong(a[6]);
-    float *space = PyErr_Occurred() ? NULL : spread(&p, 0);
-    if (!space)
-        return NULL;
-    run((Share){.product = k->product_forward, .gated = &p}, rows, rows * p.channels * p.run, 4, threads);
-    free(space);
-    Py_RETURN_NONE;
-}
-
-static PyObject *product_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
-{
-    if (arity("product_backward", n, 10))
-        return NULL;
-    const Kernels *k = take_level(a[0]);
-    Product p = {.gradient = address(a[1]), .x = address(a[2]), .gate = address(a[3]), .out = address(a[4])};
-    float *to_gate = address(a[5]);
-    int64_t rows = PyLong_AsLongLong(a[6]), threads = PyLong_AsLongLong(a[9]), channels = PyLong_AsLongLong(a[7]);
-    p.channels = channels;
-    p.run = PyLong_AsLongLong(a[8]);
-    if (PyErr_Occurred())
-        return NULL;
-    int64_t count = rows * p.channels * p.run;
-    threads = useful_threads(count, threads);
-    p.rows_a_share = (rows + threads - 1) / threads;
-    float *space = spread(&p, threads);
-    if (!space)
-        return NULL;
-    run((Share){.product = k->product_backward, .gated = &p}, rows, count, p.rows_a_share, threads);
-    int64_t shares = (rows + p.rows_a_share - 1) / p.rows_a_share, repeats = p.channels / channels;
-    for (int64_t channel = 0; channel < channels; channel++) {
-        double total = 0;
-        for (int64_t share = 0; share < shares; share++)
-            for (int64_t i = channel * repeats; i < (channel + 1) * repeats; i++)
-                total += p.sums[share * p.channels + i];
-        to_gate[channel] = (float)total;
-    }
-    free(space);
-    Py_RETURN_NONE;
-}
-
 static PyObject *level(PyObject *self, PyObject *unused) { return PyLong_FromLong(best_level()); }
 
 static PyMethodDef methods[] = {
@@ -477,8 +427,6 @@ static PyMethodDef methods[] = {
     {"sigmoid_forward", (PyCFunction)(void (*)(void))sigmoid_forward, METH_FASTCALL,
      "(level, logits, hard or 0, soft, count, seed, step, 1 / tau, draws, threads): samples gates. With draws, soft "
      "gets d gate / d logit instead: the mean over conditional draws, or where negative, ReinMax's."},
-    {"sigmoid_backward", (PyCFunction)(void (*)(void))sigmoid_backward, METH_FASTCALL,
-     "(level, gradient, soft, out, count, 1 / tau, threads): gradient of the logits."},
     {"softmax_forward", (PyCFunction)(void (*)(void))softmax_forward, METH_FASTCALL,
      "(level, logits, hard or 0, soft, rows, columns, offsets or 0, seed, step, 1 / tau, threads): samples rows and "
      "returns how many of them have no possible category."},
@@ -493,10 +441,6 @@ static PyMethodDef methods[] = {
      "(level, gradient, x, keep, weight or 0, means, scales, out, sums, rows, columns, eps, centre, threads): "
      "gradient of the rows. Returns how many shares there are in sums, a space of [threads, 3, columns]: each the "
      "gradient of mask, weight and bias by part of the rows."},
-    {"product_forward", (PyCFunction)(void (*)(void))product_forward, METH_FASTCALL,
-     "(level, x, gate, out, rows, channels, run, threads): runs of elements multiplied by their channel's gate."},
-    {"product_backward", (PyCFunction)(void (*)(void))product_backward, METH_FASTCALL,
-     "(level, gradient, x, gate, out or 0, to gate, rows, channels, run, threads): gradients of x and of the gate."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -19,110 +19,262 @@ INLINE void ID(transpose_floats)(VF v[4])
         v[k] = (VF)w[k];
 }
 
-/* Philox 4x32-7 of WIDTH counters: words[k] holds the k-th word of each. Lane L stands for counter
- * (WIDTH / 4) * (L % 4) + L / 4, so that transpose() puts words[] into the order of columns.
- *
- * A counter's words are kept in the low halves of 64-bit lanes, even and odd lanes apart: the multiplication reads
- * low halves only, so high halves may hold anything, and a product needs no shuffle to be used. */
-INLINE void ID(philox)(const Key *key, uint32_t column4, int columns_vary, uint32_t row, VI words[4])
+/* Which counters of WIDTH in a row stand in the even or odd places, so that put_in_order() leaves them in order. */
+INLINE VL ID(ordered_lanes)(int odd)
 {
-    VL half[2][4];
-    for (int odd = 0; odd < 2; odd++) {
-        VL lane;
-        for (int i = 0; i < WIDTH / 2; i++) {
-            int at = 2 * i + odd;
-            lane[i] = (uint64_t)((WIDTH / 4) * (at % 4) + at / 4);
-        }
-        half[odd][0] = (VL){0} + column4;
-        half[odd][1] = (VL){0} + row;
-        half[odd][columns_vary ? 0 : 1] += lane;
-        half[odd][2] = (VL){0} + key->step;
-        half[odd][3] = (VL){0} + key->draw;
+    VL lane;
+    for (int i = 0; i < WIDTH / 2; i++)
+        lane[i] = (uint64_t)(odd * (WIDTH / 2) + (i % 2) * (WIDTH / 4) + i / 2);
+    return lane;
+}
+
+/* Which rows stand in the even or odd places, so that words and get_tile() put them in the same lanes. */
+INLINE VL ID(row_lanes)(int odd)
+{
+    VL lane;
+    for (int i = 0; i < WIDTH / 2; i++) {
+        int at = 2 * i + odd;
+        lane[i] = (uint64_t)((WIDTH / 4) * (at % 4) + at / 4);
     }
-    uint32_t k0 = (uint32_t)key->seed, k1 = (uint32_t)(key->seed >> 32);
+    return lane;
+}
+
+/* Four words of WIDTH counters, from low halves: counter after counter. */
+INLINE void ID(put_in_order)(VL c[2][4], VI words[4])
+{
+    for (int odd = 0; odd < 2; odd++) {
+        VI a = PAIRED(c[odd][0], c[odd][1]), b = PAIRED(c[odd][2], c[odd][3]);
+        words[2 * odd] = UNPACK_LO64(a, b);
+        words[2 * odd + 1] = UNPACK_HI64(a, b);
+    }
+}
+
+/* Philox 4x32-7 of WIDTH counters (column / 4, row, step, draw).
+ *
+ * A counter's words are kept in the low halves of 64-bit lanes, those of even and odd places apart: the multiplication
+ * reads low halves only, so high halves may hold anything, and a product needs no shuffle to be used. Where the columns
+ * vary and nothing else, two words of the first two rounds are the same for all, and the multiplications by them are
+ * done once; where it is the rows, they are in the first three. */
+typedef struct {
+    VL keys[ROUNDS][2];
+    uint32_t k[ROUNDS][2];
+    uint32_t step, draw;
+} ID(Keys);
+
+INLINE VL ID(low)(uint32_t x) { return (VL){0} + x; }
+
+INLINE void ID(set_keys)(ID(Keys) *keys, Key key)
+{
+    uint32_t k0 = (uint32_t)key.seed, k1 = (uint32_t)(key.seed >> 32);
     for (int round = 0; round < ROUNDS; round++) {
-        for (int odd = 0; odd < 2; odd++) {
-            VL *c = half[odd];
-            VL p0 = MUL_LOW(c[0], (VL){0} + 0xD2511F53u), p1 = MUL_LOW(c[2], (VL){0} + 0xCD9E8D57u);
-            c[0] = (p1 >> 32) ^ c[1] ^ ((VL){0} + k0);
-            c[2] = (p0 >> 32) ^ c[3] ^ ((VL){0} + k1);
-            c[1] = p1;
-            c[3] = p0;
-        }
+        keys->k[round][0] = k0;
+        keys->k[round][1] = k1;
+        keys->keys[round][0] = ID(low)(k0);
+        keys->keys[round][1] = ID(low)(k1);
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
     }
-    for (int k = 0; k < 4; k++)
-        words[k] = (VI)((half[0][k] & 0xFFFFFFFFull) | (half[1][k] << 32));
+    keys->step = key.step;
+    keys->draw = key.draw;
 }
 
-/* The low 31 bits as a number in (0, 0.5]. */
-INLINE VF ID(near)(VI word)
+#define M0 0xD2511F53u
+#define M1 0xCD9E8D57u
+#define HIGH(product) ((uint32_t)((product) >> 32))
+
+/* The rounds from `first` on, for even and odd places. */
+INLINE void ID(rounds)(const ID(Keys) *keys, int first, VL c[2][4])
 {
-    return (__builtin_convertvector(word & 0x7fffffff, VF) + 0.5f) * 0x1p-32f;
+    for (int round = first; round < ROUNDS; round++) {
+        VL p0[2], p1[2];
+        for (int odd = 0; odd < 2; odd++) {
+            p0[odd] = MUL_LOW(c[odd][0], ID(low)(M0));
+            p1[odd] = MUL_LOW(c[odd][2], ID(low)(M1));
+        }
+        for (int odd = 0; odd < 2; odd++) {
+            c[odd][0] = (p1[odd] >> 32) ^ (c[odd][1] ^ keys->keys[round][0]);
+            c[odd][2] = (p0[odd] >> 32) ^ (c[odd][3] ^ keys->keys[round][1]);
+            c[odd][1] = p1[odd];
+            c[odd][3] = p0[odd];
+        }
+    }
+}
+
+/* What the first rounds of one row's counters have in common. */
+typedef struct {
+    VL end, left, right, last;
+} ID(Line);
+
+INLINE ID(Line) ID(line)(const ID(Keys) *keys, uint32_t row)
+{
+    uint64_t p1 = (uint64_t)keys->step * M1;
+    uint64_t p0 = (uint64_t)(HIGH(p1) ^ row ^ keys->k[0][0]) * M0;
+    return (ID(Line)){
+        .end = ID(low)(keys->draw ^ keys->k[0][1]),
+        .left = ID(low)((uint32_t)p1 ^ keys->k[1][0]),
+        .right = ID(low)(HIGH(p0) ^ keys->k[1][1]),
+        .last = ID(low)((uint32_t)p0),
+    };
+}
+
+/* Words of the columns from 4 * column4 on, in their order. */
+INLINE void ID(line_words)(const ID(Keys) *keys, const ID(Line) *line, uint32_t column4, VI words[4])
+{
+    VL c[2][4];
+    for (int odd = 0; odd < 2; odd++) {
+        VL p0 = MUL_LOW(ID(ordered_lanes)(odd) + column4, ID(low)(M0));
+        VL p1 = MUL_LOW((p0 >> 32) ^ line->end, ID(low)(M1));
+        c[odd][0] = (p1 >> 32) ^ line->left;
+        c[odd][1] = p1;
+        c[odd][2] = p0 ^ line->right;
+        c[odd][3] = line->last;
+    }
+    ID(rounds)(keys, 2, c);
+    ID(put_in_order)(c, words);
+}
+
+/* Words of four columns of the rows from `row` on, which are in the given places; low halves. */
+INLINE void ID(rows_words)(const ID(Keys) *keys, uint32_t column4, uint32_t row, const VL places[2], VL c[2][4])
+{
+    uint64_t p0 = (uint64_t)column4 * M0, p1 = (uint64_t)keys->step * M1;
+    uint64_t q1 = (uint64_t)(HIGH(p0) ^ keys->draw ^ keys->k[0][1]) * M1;
+    uint64_t q0 = (uint64_t)(HIGH(q1) ^ (uint32_t)p1 ^ keys->k[1][0]) * M0;
+    for (int odd = 0; odd < 2; odd++) {
+        VL first = MUL_LOW((places[odd] + row) ^ ID(low)(HIGH(p1) ^ keys->k[0][0]), ID(low)(M0));
+        VL second = MUL_LOW((first >> 32) ^ ID(low)((uint32_t)p0 ^ keys->k[1][1]), ID(low)(M1));
+        c[odd][0] = (second >> 32) ^ ID(low)((uint32_t)q1 ^ keys->k[2][0]);
+        c[odd][1] = second;
+        c[odd][2] = first ^ ID(low)(HIGH(q0) ^ keys->k[2][1]);
+        c[odd][3] = ID(low)((uint32_t)q0);
+    }
+    ID(rounds)(keys, 3, c);
+}
+
+/* Words of short rows from `row` on, each of `counters` counters; low halves. */
+INLINE void ID(places_words)(const ID(Keys) *keys, uint32_t row, int counters, const VL places[2], VL c[2][4])
+{
+    uint64_t p1 = (uint64_t)keys->step * M1;
+    for (int odd = 0; odd < 2; odd++) {
+        VL p0 = MUL_LOW(places[odd] % counters, ID(low)(M0));
+        c[odd][0] = (places[odd] / counters + row) ^ ID(low)(HIGH(p1) ^ keys->k[0][0]);
+        c[odd][1] = ID(low)((uint32_t)p1);
+        c[odd][2] = (p0 >> 32) ^ ID(low)(keys->draw ^ keys->k[0][1]);
+        c[odd][3] = p0;
+    }
+    ID(rounds)(keys, 1, c);
+}
+
+/* The low 31 bits as numbers in (0, 0.5]. */
+INLINE void ID(near)(const VI words[4], VF near[4])
+{
+    EACH near[k] = __builtin_convertvector(words[k] & 0x7fffffff, VF) * 0x1p-32f + 0x1p-33f;
 }
 
 /* Minus the Gumbel noise of each word: the logarithm of an exponential number. */
-INLINE VF ID(minus_gumbel)(VI word)
+INLINE void ID(minus_gumbel)(const VI words[4], VF noise[4])
 {
-    VI upper = word < 0;
-    VF near = ID(near)(word);
-    VF x = ID(where)(upper, 1.0f - near, near);
-    /* What rounding 1 - near has lost, which is all that is left of a small `near`. */
-    VF lost = (VF)(upper & (VI)((1.0f - x) - near));
-    return ID(log)(-(ID(log)(x) + lost));
+    VF near[4], f[4];
+    VI x[4], power[4];
+    ID(near)(words, near);
+    EACH x[k] = (VI)SELECT_SIGN(words[k], 1.0f - near[k], near[k]);
+    EACH power[k] = (x[k] - ROOT) & (int32_t)0xff800000;
+    EACH f[k] = (VF)(x[k] - power[k]) - 1.0f;
+    /* Above sqrt(1/2) the number is 1 - near, rounded: all that is left of a small `near` is in it itself. */
+    EACH f[k] = SELECT_ZERO(power[k], -near[k], f[k]);
+    ID(log2_ratio)(f, noise, -1.0f);
+    EACH noise[k] = f[k] * noise[k] - __builtin_convertvector(power[k], VF) * 0x1p-23f;
+    ID(log2_scaled)(noise);
+    /* The first logarithm was to base 2: its factor is taken out of the second. */
+    EACH noise[k] = noise[k] * LN_2_SCALED - 0.366512921f;
 }
 
-INLINE VF ID(logistic)(VI word)
+INLINE void ID(logistic)(const VI words[4], VF noise[4])
 {
-    VF near = ID(near)(word);
-    VF size = ID(log)((1.0f - near) / near);
-    return (VF)((VI)size ^ (~word & INT32_MIN));
+    VF near[4];
+    ID(near)(words, near);
+    EACH noise[k] = (1.0f - near[k]) / near[k];
+    ID(log)(noise);
+    EACH noise[k] = (VF)((VI)noise[k] ^ ID(flipped_sign)(words[k]));
 }
 
-/* Derivative of the logistic function at x / tau, over tau; even in x. */
-INLINE VF ID(slope)(VF x, float inverse_tau)
+/* Derivatives of the logistic function of x * scale; even in x. */
+INLINE void ID(slope)(VF x[4], VF scale)
 {
-    VF e = ID(exp)((VF)((VI)(x * inverse_tau) | INT32_MIN));
-    VF upper = 1.0f / (1.0f + e);
-    return e * upper * upper * inverse_tau;
+    VF upper[4];
+    EACH x[k] = (VF)((VI)(x[k] * scale) | INT32_MIN);
+    ID(exp)(x);
+    EACH upper[k] = 1.0f / (1.0f + x[k]);
+    EACH x[k] = (x[k] * upper[k]) * (upper[k] * scale);
 }
 
-/* The slope of the relaxed gate, averaged over draws of its noise given which side of 0 the score is on. */
-INLINE VF ID(conditional_slope)(const Work *w, VF logit, VI is_open, VI word)
+/* Slopes of relaxed gates, added up over draws of their noise given which side of 0 their scores are on. */
+INLINE void ID(add_conditional_slope)(const Work *w, const float *logits, const float *hard, VI words[4], VF total[4])
 {
-    VI upper = word < 0;
-    VF near = ID(near)(word), far = 1.0f - near;
-    VF log_near = ID(log)(near), log_far = ID(log)(far) + ((1.0f - far) - near);
-    /* Logarithms of the uniform number behind the noise, and of 1 less it. */
-    VF log_of = ID(where)(upper, log_far, log_near), log_rest = ID(where)(upper, log_near, log_far);
-    VF towards = (VF)((VI)logit ^ (~is_open & INT32_MIN)) + log_of;
-    VF softplus = VMAX(towards, (VF){0}) + ID(log)(1.0f + ID(exp)((VF)((VI)towards | INT32_MIN)));
-    return ID(slope)(softplus - log_rest, w->inverse_tau);
+    VF near[4], log_near[4], log_far[4], towards[4], rest[4], e[4];
+    ID(near)(words, near);
+    EACH log_near[k] = near[k];
+    EACH log_far[k] = 1.0f - near[k];
+    EACH e[k] = (1.0f - log_far[k]) - near[k];
+    ID(log)(log_near);
+    ID(log)(log_far);
+    EACH log_far[k] += e[k];
+    EACH {
+        VI is_open = ID(load)(hard + k * WIDTH) > 0.0f;
+        /* Logarithms of the uniform number behind the noise, and of 1 less it. */
+        VF of = SELECT_SIGN(words[k], log_far[k], log_near[k]);
+        rest[k] = SELECT_SIGN(words[k], log_near[k], log_far[k]);
+        towards[k] = (VF)((VI)ID(load)(logits + k * WIDTH) ^ ID(flipped_sign)(is_open)) + of;
+        e[k] = (VF)((VI)towards[k] | INT32_MIN);
+    }
+    ID(exp)(e);
+    EACH e[k] += 1.0f;
+    ID(log)(e);
+    EACH e[k] += VMAX(towards[k], (VF){0}) - rest[k];
+    ID(slope)(e, ID(all)(w->inverse_tau));
+    EACH total[k] += e[k];
 }
 
 /* ReinMax: 2 a (1 - a) - p (1 - p) / 2 with a halfway from the gate to sigmoid(l / tau). */
-INLINE VF ID(reinmax_slope)(const Work *w, VF logit, VI is_open)
+INLINE void ID(reinmax_slopes)(const VF logit[4], const VF score[4], float inverse_tau, VF slope[4])
 {
-    VF x = logit * w->inverse_tau;
-    VF e = ID(exp)((VF)((VI)x | INT32_MIN));
-    VF upper = 1.0f / (1.0f + e);
-    /* Half the chance of the other state: 1 - a where the gate is open, a where it is closed. */
-    VF other = 0.5f * ID(where)((x >= 0.0f) ^ is_open, upper, e * upper);
-    return 2.0f * other * (1.0f - other) - 0.5f * ID(slope)(logit, 1.0f);
+    VF x[4], e[4];
+    EACH x[k] = logit[k] * inverse_tau;
+    EACH e[k] = (VF)((VI)x[k] | INT32_MIN);
+    ID(exp)(e);
+    EACH slope[k] = logit[k];
+    ID(slope)(slope, ID(all)(1.0f));
+    EACH {
+        VF upper = 1.0f / (1.0f + e[k]);
+        /* Half the chance of the other state: 1 - a where the gate is open, a where it is closed. */
+        VF other = 0.5f * ID(where)((x[k] >= 0.0f) ^ (score[k] > 0.0f), upper, e[k] * upper);
+        slope[k] = 2.0f * other * (1.0f - other) - 0.5f * slope[k];
+    }
 }
 
-INLINE void ID(hard_and_soft)(VF score, VF inverse_tau, VF *hard, VF *soft)
+/* The mean of conditional slopes over all draws, for a block of gates. */
+static void ID(conditional_slopes)(const Work *w, const float *logits, const float *hard, float *slopes, uint32_t at4)
 {
-    VI nan = score != score;
-    *hard = (VF)(((score > 0.0f) & (VI)ID(all)(1.0f)) | nan);
-    *soft = (VF)((VI)ID(sigmoid)(score * inverse_tau) | nan);
+    VF total[4] = {{0}, {0}, {0}, {0}};
+    for (int draw = 1; draw <= w->draws; draw++) {
+        VI words[4];
+        ID(Keys) keys;
+        ID(set_keys)(&keys, (Key){w->key.seed, w->key.step, (uint32_t)draw});
+        ID(Line) line = ID(line)(&keys, 0);
+        ID(line_words)(&keys, &line, at4, words);
+        ID(add_conditional_slope)(w, logits, hard, words, total);
+    }
+    for (int k = 0; k < 4; k++) {
+        VF h = ID(load)(hard + k * WIDTH);
+        ID(store)(slopes + k * WIDTH, POISONED(UNORDERED(h, h), total[k] * (1.0f / w->draws)));
+    }
 }
 
-/* Gates, and beside them what backward needs: the relaxed gates, or the slopes of an estimator. */
-static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
+/* Gates, and what backward needs: d gate / d logit. Without hard gates, relaxed ones. */
+INLINE void ID(gates)(const Work *w, int64_t begin, int64_t end, int kind)
 {
-    VF inverse_tau = ID(all)(w->inverse_tau);
+    ID(Keys) keys;
+    ID(set_keys)(&keys, w->key);
+    ID(Line) line = ID(line)(&keys, 0);
     for (int64_t at = begin; at < end; at += BLOCK) {
         float in[BLOCK], hard[BLOCK], soft[BLOCK];
         int64_t left = end - at;
@@ -137,35 +289,29 @@ static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
             to_soft = soft;
         }
         VI words[4];
-        VF slopes[4] = {{0}, {0}, {0}, {0}};
-        ID(philox)(&w->key, (uint32_t)(at / 4), 1, 0, words);
-        ID(transpose)(words);
-        UNROLL_4
-        for (int k = 0; k < 4; k++) {
-            VF h, s, logit = ID(load)(from + k * WIDTH);
-            VF score = logit + ID(logistic)(words[k]);
-            ID(hard_and_soft)(score, inverse_tau, &h, &s);
-            if (w->reinmax)
-                s = (VF)((VI)ID(reinmax_slope)(w, logit, score > 0.0f) | (score != score));
-            if (w->hard)
-                ID(store)(to_hard + k * WIDTH, h);
-            ID(store)(to_soft + k * WIDTH, s);
+        ID(line_words)(&keys, &line, (uint32_t)(at / 4), words);
+        VF logit[4], score[4], beside[4];
+        MASK nan[4];
+        EACH logit[k] = ID(load)(from + k * WIDTH);
+        ID(logistic)(words, score);
+        EACH score[k] += logit[k];
+        EACH nan[k] = UNORDERED(score[k], score[k]);
+        if (kind != RELAXED) {
+            VF one = ID(all)(1.0f);
+            EACH ID(store)(to_hard + k * WIDTH, POISONED(nan[k], KEPT(ABOVE(score[k], (VF){0}), one)));
         }
-        for (int draw = 1; draw <= w->draws; draw++) {
-            Key key = w->key;
-            key.draw = (uint32_t)draw;
-            ID(philox)(&key, (uint32_t)(at / 4), 1, 0, words);
-            ID(transpose)(words);
-            UNROLL_4
-            for (int k = 0; k < 4; k++) {
-                VI is_open = ID(load)(to_hard + k * WIDTH) > 0.0f;
-                slopes[k] += ID(conditional_slope)(w, ID(load)(from + k * WIDTH), is_open, words[k]);
-            }
+        if (kind == REINMAX) {
+            ID(reinmax_slopes)(logit, score, w->inverse_tau, beside);
+        } else if (kind == RELAXED) {
+            EACH beside[k] = score[k] * w->inverse_tau;
+            ID(sigmoid)(beside);
+        } else {
+            EACH beside[k] = score[k];
+            ID(slope)(beside, ID(all)(w->inverse_tau));
         }
-        for (int k = 0; w->draws && k < 4; k++) {
-            VF h = ID(load)(to_hard + k * WIDTH);
-            ID(store)(to_soft + k * WIDTH, (VF)((VI)(slopes[k] * (1.0f / w->draws)) | (h != h)));
-        }
+        EACH ID(store)(to_soft + k * WIDTH, POISONED(nan[k], beside[k]));
+        if (kind == CONDITIONAL)
+            ID(conditional_slopes)(w, from, to_hard, to_soft, (uint32_t)(at / 4));
         if (!whole) {
             if (w->hard)
                 memcpy(w->hard + at, hard, left * sizeof(float));
@@ -174,24 +320,35 @@ static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
     }
 }
 
-static void ID(sigmoid_backward)(const Work *w, int64_t begin, int64_t end)
+static void ID(sigmoid_forward)(const Work *w, int64_t begin, int64_t end)
 {
-    const float *gradient = w->gradient, *soft = w->saved;
-    float *out = w->out, inverse_tau = w->inverse_tau;
-    for (int64_t i = begin; i < end; i++)
-        out[i] = gradient[i] * (inverse_tau * soft[i] * (1.0f - soft[i]));
+    if (w->kind == HARD)
+        ID(gates)(w, begin, end, HARD);
+    else if (w->kind == RELAXED)
+        ID(gates)(w, begin, end, RELAXED);
+    else if (w->kind == REINMAX)
+        ID(gates)(w, begin, end, REINMAX);
+    else
+        ID(gates)(w, begin, end, CONDITIONAL);
 }
 
 /* What becomes of a row whose best score is `best`: 0, it is sampled; 1, it is NaN; 2, it has no category. */
 INLINE int ID(kind)(float best, int nan) { return nan || best == INFINITY ? 1 : best == -INFINITY ? 2 : 0; }
 
 /* One long row: lanes run along the columns. The relaxed row's memory holds the scores until they are used. */
-INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *soft, int64_t columns, uint32_t row)
+static int ID(long_row)(const ID(Keys) *keys, const Work *w, int64_t row)
 {
+    int64_t begin = w->offsets ? w->offsets[row] : row * w->columns;
+    int64_t columns = w->offsets ? w->offsets[row + 1] - begin : w->columns;
+    const float *logits = w->logits + begin;
+    float *hard = w->hard ? w->hard + begin : NULL, *soft = w->soft + begin;
+    if (!columns)
+        return 0;
+    ID(Line) line = ID(line)(keys, (uint32_t)row);
     int64_t whole = columns / BLOCK * BLOCK;
     float tail[BLOCK];
     VF best4[4];
-    VI nan4[4] = {{0}, {0}, {0}, {0}};
+    MASK nan = UNORDERED((VF){0}, (VF){0});
     for (int k = 0; k < BLOCK; k++)
         tail[k] = -INFINITY;
     memcpy(tail, logits + whole, (columns - whole) * sizeof(float));
@@ -201,18 +358,16 @@ INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *
         const float *from = at < whole ? logits + at : tail;
         float *to = at < whole ? soft + at : tail;
         VI words[4];
-        ID(philox)(&w->key, (uint32_t)(at / 4), 1, row, words);
-        ID(transpose)(words);
-        UNROLL_4
-        for (int k = 0; k < 4; k++) {
-            VF score = ID(load)(from + k * WIDTH) - ID(minus_gumbel)(words[k]);
-            best4[k] = VMAX(best4[k], score);
-            nan4[k] |= score != score;
-            ID(store)(to + k * WIDTH, score);
-        }
+        ID(line_words)(keys, &line, (uint32_t)(at / 4), words);
+        VF score[4];
+        ID(minus_gumbel)(words, score);
+        EACH score[k] = ID(load)(from + k * WIDTH) - score[k];
+        EACH best4[k] = VMAX(best4[k], score[k]);
+        nan |= UNORDERED(score[0], score[1]) | UNORDERED(score[2], score[3]);
+        EACH ID(store)(to + k * WIDTH, score[k]);
     }
     float best = ID(largest)(VMAX(VMAX(best4[0], best4[1]), VMAX(best4[2], best4[3])));
-    int kind = ID(kind)(best, ID(any)(nan4[0] | nan4[1] | nan4[2] | nan4[3]));
+    int kind = ID(kind)(best, BITS(nan) != 0);
     if (kind) {
         for (int64_t i = 0; i < columns; i++) {
             soft[i] = NAN;
@@ -221,26 +376,29 @@ INLINE int ID(long_row)(const Work *w, const float *logits, float *hard, float *
         }
         return kind == 2;
     }
-    VF top = ID(all)(best), total4[4] = {{0}, {0}, {0}, {0}}, total = {0}, ones = {0};
+    VF top = ID(all)(best), total4[4] = {{0}, {0}, {0}, {0}}, total = {0};
+    VF unit = ID(all)(LOG2_E * w->inverse_tau), least = -127.0f / unit;
+    int64_t ones = 0;
     for (int64_t at = 0; at < columns; at += BLOCK) {
         float *scores = at < whole ? soft + at : tail, first[BLOCK];
         float *to = at < whole && hard ? hard + at : first;
-        UNROLL_4
-        for (int k = 0; k < 4; k++) {
-            VF score = ID(load)(scores + k * WIDTH);
-            VF e = ID(exp)((score - top) * w->inverse_tau);
-            VF h = (VF)((score == top) & (VI)ID(all)(1.0f));
-            total4[k] += e;
-            ones += h;
-            ID(store)(scores + k * WIDTH, e);
-            ID(store)(to + k * WIDTH, h);
+        VF score[4];
+        EACH score[k] = ID(load)(scores + k * WIDTH);
+        EACH {
+            MASK wins = EQUAL(score[k], top);
+            ones += __builtin_popcount(BITS(wins));
+            ID(store)(to + k * WIDTH, KEPT(wins, ID(all)(1.0f)));
         }
+        EACH score[k] = VMAX(score[k] - top, least);
+        ID(power_of_2)(score, unit);
+        EACH total4[k] += score[k];
+        EACH ID(store)(scores + k * WIDTH, score[k]);
         if (at >= whole && hard)
             memcpy(hard + at, first, (columns - at) * sizeof(float));
         if (at % SPAN == SPAN - BLOCK || at + BLOCK >= columns)
             total += ID(take_sum)(total4);
     }
-    if (hard && ID(sum)(ones) != 1.0f) {
+    if (hard && ones != 1) {
         int found = 0;
         for (int64_t i = 0; i < columns; i++) {
             hard[i] = !found && hard[i] == 1.0f;
@@ -289,26 +447,42 @@ INLINE void ID(put_tile)(float *to, int64_t columns, int wide, int64_t rows, VF 
     }
 }
 
+/* How many of the rows have nothing but minus infinity. */
+static int64_t ID(impossible)(const float *logits, int64_t rows, int64_t columns)
+{
+    int64_t count = 0;
+    for (int r = 0; r < rows; r++) {
+        int lost = 1;
+        for (int64_t i = 0; i < columns; i++)
+            lost &= logits[r * columns + i] == -INFINITY;
+        count += lost;
+    }
+    return count;
+}
+
 /* WIDTH short rows at once, one in each lane: a row's reductions are sums of vectors. Returns impossible rows. */
-INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
+static int64_t ID(short_rows)(const ID(Keys) *keys, const Work *w, int64_t row, int64_t rows)
 {
     int64_t columns = w->columns;
     const float *logits = w->logits + row * columns;
     float *hard = w->hard ? w->hard + row * columns : NULL, *soft = w->soft + row * columns;
     VF scores[SHORT_ROW], best = ID(all)(-INFINITY), total = {0};
+    VF unit = ID(all)(LOG2_E * w->inverse_tau), least = -127.0f / unit;
     VI nan = {0}, taken = {0};
+    VL lanes[2] = {ID(row_lanes)(0), ID(row_lanes)(1)};
     for (int at = 0; at < columns; at += 4) {
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
-        VI words[4];
         VF in[4];
+        VL c[2][4];
+        VI words[4];
         ID(get_tile)(logits + at, columns, wide, rows, in);
-        ID(philox)(&w->key, (uint32_t)(at / 4), 0, (uint32_t)row, words);
-        UNROLL_4
+        ID(rows_words)(keys, (uint32_t)(at / 4), (uint32_t)row, lanes, c);
+        EACH words[k] = PAIRED(c[0][k], c[1][k]);
+        ID(minus_gumbel)(words, scores + at);
         for (int k = 0; k < wide; k++) {
-            VF score = in[k] - ID(minus_gumbel)(words[k]);
-            best = VMAX(best, score);
-            nan |= score != score;
-            scores[at + k] = score;
+            scores[at + k] = in[k] - scores[at + k];
+            best = VMAX(best, scores[at + k]);
+            nan |= scores[at + k] != scores[at + k];
         }
     }
     VI impossible = best == -INFINITY;
@@ -316,15 +490,15 @@ INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
     for (int at = 0; at < columns; at += 4) {
         int wide = columns - at < 4 ? (int)(columns - at) : 4;
         VF h[4] = {{0}, {0}, {0}, {0}};
-        UNROLL_4
         for (int k = 0; k < wide; k++) {
             VI wins = (scores[at + k] == best) & ~taken;
             taken |= wins;
             h[k] = (VF)((wins & (VI)ID(all)(1.0f)) | bad);
-            VF e = ID(exp)((scores[at + k] - best) * w->inverse_tau);
-            total += e;
-            scores[at + k] = e;
         }
+        EACH scores[at + k] = VMAX(scores[at + k] - best, least);
+        ID(power_of_2)(scores + at, unit);
+        for (int k = 0; k < wide; k++)
+            total += scores[at + k];
         if (hard)
             ID(put_tile)(hard + at, columns, wide, rows, h);
     }
@@ -336,38 +510,102 @@ INLINE int64_t ID(short_rows)(const Work *w, int64_t row, int64_t rows)
             s[k] = (VF)((VI)(scores[at + k] * scale) | bad);
         ID(put_tile)(soft + at, columns, wide, rows, s);
     }
-    int64_t count = 0;
-    if (ID(any)(impossible)) {
-        for (int r = 0; r < rows; r++) {
-            int lost = 1;
-            for (int64_t i = 0; i < columns; i++)
-                lost &= logits[r * columns + i] == -INFINITY;
-            count += lost;
+    VF lost = (VF)(impossible & (VI)ID(all)(1.0f));
+    return ID(sum)(lost) > 0 ? ID(impossible)(logits, rows, columns) : 0;
+}
+
+/* Rows of which several make a block, or one does: vectors hold what lies side by side, so nothing is turned round.
+ * `columns` divides the block, and is a constant where this is inlined. Returns impossible rows. */
+INLINE int64_t ID(fitting_rows)(const ID(Keys) *keys, const Work *w, int64_t begin, int64_t end, const int columns)
+{
+    const int rows = BLOCK / columns, joined = columns > WIDTH ? columns / WIDTH : 1;
+    VF unit = ID(all)(LOG2_E * w->inverse_tau), least = -127.0f / unit;
+    VL lanes[2] = {ID(ordered_lanes)(0), ID(ordered_lanes)(1)};
+    int64_t impossible = 0;
+    for (int64_t row = begin; row < end; row += rows) {
+        float in[BLOCK], hard[BLOCK], soft[BLOCK];
+        int64_t present = end - row < rows ? end - row : rows, at = row * columns;
+        const float *from = w->logits + at;
+        float *to_hard = w->hard ? w->hard + at : hard, *to_soft = w->soft + at;
+        if (present < rows) {
+            memset(in, 0, sizeof in);
+            memcpy(in, from, present * columns * sizeof(float));
+            from = in;
+            to_hard = hard;
+            to_soft = soft;
         }
+        VI words[4];
+        if (columns == BLOCK) {
+            ID(Line) line = ID(line)(keys, (uint32_t)row);
+            ID(line_words)(keys, &line, 0, words);
+        } else {
+            VL c[2][4];
+            if (columns == 4)
+                ID(rows_words)(keys, 0, (uint32_t)row, lanes, c);
+            else
+                ID(places_words)(keys, (uint32_t)row, columns / 4, lanes, c);
+            ID(put_in_order)(c, words);
+        }
+        VF score[4], best[4], total[4];
+        ID(minus_gumbel)(words, score);
+        EACH best[k] = score[k] = ID(load)(from + k * WIDTH) - score[k];
+        int wrong = BITS(UNORDERED(score[0], score[1]) | UNORDERED(score[2], score[3])), ones = 0;
+        for (int k = 0; k < 4; k += joined) {
+            for (int j = 1; j < joined; j++)
+                best[k] = VMAX(best[k], best[k + j]);
+            for (int distance = 1; distance < columns && distance < WIDTH; distance *= 2)
+                best[k] = VMAX(best[k], SWAPPED(best[k], distance));
+            wrong |= BITS(EQUAL(best[k], ID(all)(INFINITY)));
+        }
+        EACH {
+            VF top = best[k / joined * joined];
+            MASK wins = EQUAL(score[k], top);
+            ones += __builtin_popcount(BITS(wins));
+            if (w->hard)
+                ID(store)(to_hard + k * WIDTH, KEPT(wins, ID(all)(1.0f)));
+            score[k] = VMAX(score[k] - top, least);
+        }
+        ID(power_of_2)(score, unit);
+        EACH total[k] = score[k];
+        for (int k = 0; k < 4; k += joined) {
+            for (int j = 1; j < joined; j++)
+                total[k] += total[k + j];
+            for (int distance = 1; distance < columns && distance < WIDTH; distance *= 2)
+                total[k] += SWAPPED(total[k], distance);
+            total[k] = 1.0f / total[k];
+        }
+        EACH ID(store)(to_soft + k * WIDTH, score[k] * total[k / joined * joined]);
+        if (present < rows) {
+            memcpy(w->soft + at, soft, present * columns * sizeof(float));
+            if (w->hard)
+                memcpy(w->hard + at, hard, present * columns * sizeof(float));
+        }
+        /* A shared best score, or a row that cannot be sampled: taken one by one. */
+        if (wrong || ones != rows)
+            for (int64_t r = row; r < row + present; r++)
+                impossible += ID(long_row)(keys, w, r);
     }
-    return count;
+    return impossible;
 }
 
 static int64_t ID(softmax_forward)(const Work *w, int64_t begin, int64_t end)
 {
-    int64_t impossible = 0;
-    if (w->offsets) {
-        for (int64_t row = begin; row < end; row++) {
-            int64_t at = w->offsets[row], columns = w->offsets[row + 1] - at;
-            float *hard = w->hard ? w->hard + at : NULL;
-            if (columns)
-                impossible += ID(long_row)(w, w->logits + at, hard, w->soft + at, columns, (uint32_t)row);
-        }
-    } else if (w->columns <= SHORT_ROW) {
-        for (int64_t row = begin; row < end; row += WIDTH)
-            impossible += ID(short_rows)(w, row, end - row < WIDTH ? end - row : WIDTH);
-    } else {
-        for (int64_t row = begin; row < end; row++) {
-            int64_t at = row * w->columns;
-            float *hard = w->hard ? w->hard + at : NULL;
-            impossible += ID(long_row)(w, w->logits + at, hard, w->soft + at, w->columns, (uint32_t)row);
-        }
+    int64_t impossible = 0, columns = w->offsets ? 0 : w->columns;
+    ID(Keys) keys;
+    ID(set_keys)(&keys, w->key);
+    switch (columns <= BLOCK ? columns : 0) {
+    case 4: return ID(fitting_rows)(&keys, w, begin, end, 4);
+    case 8: return ID(fitting_rows)(&keys, w, begin, end, 8);
+    case 16: return ID(fitting_rows)(&keys, w, begin, end, 16);
+    case 32: return ID(fitting_rows)(&keys, w, begin, end, BLOCK < 32 ? BLOCK : 32);
+    case 64: return ID(fitting_rows)(&keys, w, begin, end, BLOCK < 64 ? BLOCK : 64);
     }
+    if (columns && columns <= SHORT_ROW)
+        for (int64_t row = begin; row < end; row += WIDTH)
+            impossible += ID(short_rows)(&keys, w, row, end - row < WIDTH ? end - row : WIDTH);
+    else
+        for (int64_t row = begin; row < end; row++)
+            impossible += ID(long_row)(&keys, w, row);
     return impossible;
 }
 
@@ -431,15 +669,24 @@ static void ID(softmax_backward)(const Work *w, int64_t begin, int64_t end)
 /* The noise itself, for tests: Gumbel noise of rows, or logistic noise of one row where `binary`. */
 static void ID(noise)(const Work *w, int64_t begin, int64_t end)
 {
-    for (int64_t row = begin; row < end; row++)
+    ID(Keys) keys;
+    ID(set_keys)(&keys, w->key);
+    for (int64_t row = begin; row < end; row++) {
+        ID(Line) line = ID(line)(&keys, (uint32_t)row);
         for (int64_t at = 0; at < w->columns; at += BLOCK) {
             int64_t left = w->columns - at < BLOCK ? w->columns - at : BLOCK;
             float made[BLOCK];
             VI words[4];
-            ID(philox)(&w->key, (uint32_t)(at / 4), 1, (uint32_t)row, words);
-            ID(transpose)(words);
-            for (int k = 0; k < 4; k++)
-                ID(store)(made + k * WIDTH, w->binary ? ID(logistic)(words[k]) : -ID(minus_gumbel)(words[k]));
+            ID(line_words)(&keys, &line, (uint32_t)(at / 4), words);
+            VF drawn[4];
+            if (w->binary) {
+                ID(logistic)(words, drawn);
+            } else {
+                ID(minus_gumbel)(words, drawn);
+                EACH drawn[k] = -drawn[k];
+            }
+            EACH ID(store)(made + k * WIDTH, drawn[k]);
             memcpy(w->out + row * w->columns + at, made, left * sizeof(float));
         }
+    }
 }

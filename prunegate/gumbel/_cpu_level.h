@@ -9,11 +9,9 @@
 #include "_cpu_vector.h"
 #include "_cpu_kernels.h"
 #include "_cpu_norms.h"
-#include "_cpu_products.h"
 
 static const Kernels ID(kernels) = {
-    ID(sigmoid_forward), ID(sigmoid_backward), ID(softmax_forward), ID(softmax_backward), ID(noise),
-    ID(norm_forward),    ID(norm_backward),    ID(product_forward), ID(product_backward),
+    ID(sigmoid_forward), ID(softmax_forward), ID(softmax_backward), ID(noise), ID(norm_forward), ID(norm_backward),
 };
 
 #undef VF
@@ -27,6 +25,28 @@ static const Kernels ID(kernels) = {
 #undef VMAX
 #undef VMIN
 #undef MUL_LOW
+#undef MASK
+#undef SELECT_SIGN
+#undef SELECT_ZERO
+#undef EQUAL
+#undef ABOVE
+#undef UNORDERED
+#undef KEPT
+#undef POISONED
+#undef BITS
+#undef PAIRED
+#undef SWAP_1
+#undef SWAP_2
+#undef SWAP_4
+#undef SWAP_8
+#undef EACH
+#undef ROOT
+#undef LN_2_SCALED
+#undef LOG2_E
+#undef SWAPPED
+#undef M0
+#undef M1
+#undef HIGH
 #undef UNPACK_LO32
 #undef UNPACK_HI32
 #undef UNPACK_LO64

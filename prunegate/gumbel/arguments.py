@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,18 @@ def make_options(
     Raises:
         SamplerError: If one of them is out of range, or they do not go together.
     """
+    if isinstance(tau, Tensor):
+        tau = _temperature("tau", tau)
+    if isinstance(tau_backward, Tensor):
+        tau_backward = _temperature("tau_backward", tau_backward)
+    if isinstance(tau, Tensor) or isinstance(tau_backward, Tensor) or torch.compiler.is_compiling():
+        return _checked(tau, tau_backward, hard, estimator, rao_samples)
+    return _remembered(tau, tau_backward, hard, estimator, rao_samples)
+
+
+def _checked(
+    tau: float | Tensor, tau_backward: float | Tensor | None, hard: bool, estimator: str, rao_samples: int
+) -> Options:
     if estimator not in ESTIMATORS:
         raise SamplerError(f"estimator must be one of {', '.join(ESTIMATORS)}, not {estimator!r}.")
     if rao_samples < 0:
@@ -120,6 +133,10 @@ def _temperature(name: str, tau: float | Tensor) -> float | Tensor:
     if not 0 < tau < math.inf:
         raise SamplerError(f"{name} must be a finite number above 0, not {tau}.")
     return tau
+
+
+# For plain numbers; looking the answer up costs a fifth of checking again at every step.
+_remembered = lru_cache(maxsize=256)(_checked)
 
 
 def make_offsets(segments: Tensor | Sequence[int], logits: Tensor) -> Tensor:
@@ -155,7 +172,7 @@ def make_offsets(segments: Tensor | Sequence[int], logits: Tensor) -> Tensor:
     return offsets.to(device=logits.device, dtype=torch.int64)
 
 
-def refuse_impossible_rows(logits: Tensor, dim: int, offsets: Tensor | None) -> None:
+def refuse_impossible_rows(rows: Tensor, offsets: Tensor | None) -> None:
     """Refuses rows in which every category is masked out by minus infinity.
 
     Only eager code on the CPU is checked: elsewhere a look at the values would make the host wait or break a graph,
@@ -164,14 +181,14 @@ def refuse_impossible_rows(logits: Tensor, dim: int, offsets: Tensor | None) -> 
     Raises:
         SamplerError: If a row has categories, and all of their logits are minus infinity.
     """
-    if logits.numel() == 0 or logits.device.type != "cpu" or not is_plain_eager(logits):
+    if rows.numel() == 0 or rows.device.type != "cpu" or not is_plain_eager(rows):
         return
     with torch.no_grad():
         if offsets is None:
-            best = logits.amax(dim) if logits.dim() else logits
+            best = rows.amax(-1)
         else:
             lengths = offsets.diff()
-            best = torch.segment_reduce(logits.detach().contiguous(), "max", lengths=lengths[lengths > 0])
+            best = torch.segment_reduce(rows.detach().contiguous(), "max", lengths=lengths[lengths > 0])
         bad = int(best.isneginf().sum())
     if bad:
         raise impossible_rows(bad, best.numel())

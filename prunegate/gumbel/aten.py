@@ -50,39 +50,31 @@ def logistic_noise(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def sample_softmax(
-    logits: Tensor,
-    options: Options,
-    dim: int,
-    offsets: Tensor | None,
-    generator: torch.Generator | Philox | None,
+    rows: Tensor, options: Options, offsets: Tensor | None, generator: torch.Generator | Philox | None
 ) -> Tensor:
-    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
+    """Draws noise and samples along the last dimension, or in each of the rows that ``offsets`` mark in flat logits."""
     own_noise = not isinstance(generator, Philox)
-    if own_noise and offsets is None and logits.dim() and logits.numel() and _is_fast(logits, options):
-        moved = logits.movedim(dim, -1)
-        rows = moved.reshape(-1, moved.shape[-1])
-        hard = _HardSoftmax.apply(rows, options.surrogate_tau, generator)[0]
-        return hard.reshape(moved.shape).movedim(-1, dim).contiguous()
-    refuse_impossible_rows(logits, dim, offsets)
+    if own_noise and offsets is None and rows.numel() and _is_fast(rows, options):
+        hard = _HardSoftmax.apply(rows.reshape(-1, rows.shape[-1]), options.surrogate_tau, generator)[0]
+        return hard.reshape(rows.shape)
+    refuse_impossible_rows(rows, offsets)
     if isinstance(generator, Philox):
         state = generator.take()
-        noises = [reference.philox_gumbel(state, logits, dim, offsets, k) for k in range(1 + options.rao_samples)]
+        noises = [reference.philox_gumbel(state, rows, -1, offsets, k) for k in range(1 + options.rao_samples)]
     else:
-        noises = [gumbel_noise(logits, generator) for _ in range(1 + options.rao_samples)]
+        noises = [gumbel_noise(rows, generator) for _ in range(1 + options.rao_samples)]
     if offsets is None:
-        return reference.softmax(logits, noises[0], options, dim, noises[1:])
-    return _ragged_softmax(logits, noises, options, offsets)
+        return reference.softmax(rows, noises[0], options, -1, noises[1:])
+    return _ragged_softmax(rows, noises, options, offsets)
 
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
     """Draws noise and samples one gate a logit."""
-    if not isinstance(generator, Philox):
-        if _is_fast(logits, options):
-            return _HardSigmoid.apply(logits, options.surrogate_tau, generator)[0]
-        noises = [logistic_noise(logits, generator) for _ in range(1 + options.rao_samples)]
-    else:
-        state = generator.take()
-        noises = [reference.philox_logistic(state, logits, k) for k in range(1 + options.rao_samples)]
+    if isinstance(generator, Philox):
+        return reference.sample_sigmoid(logits, options, generator)
+    if _is_fast(logits, options):
+        return _HardSigmoid.apply(logits, options.surrogate_tau, generator)[0]
+    noises = [logistic_noise(logits, generator) for _ in range(1 + options.rao_samples)]
     return reference.sigmoid(logits, noises[0], options, noises[1:])
 
 

@@ -20,6 +20,7 @@ from prunegate.gumbel import reference
 from prunegate.gumbel.arguments import Options, estimator_tau, impossible_rows, is_plain_eager, make_options
 from prunegate.gumbel.philox import Philox, take_state
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LEVELS = ("baseline", "AVX2 and FMA", "AVX-512")
 
 
@@ -62,7 +63,7 @@ def _is_right(extension: Extension) -> bool:
     state = torch.tensor([0x0123456789ABCDEF, 5])
     options = make_options(0.7, None, True, "st", 0)
     generator = torch.Generator().manual_seed(0)
-    for shape in ((5, 3), (3, 150)):
+    for shape in ((5, 3), (7, 4), (3, 32), (3, 150)):
         logits, gradient = (torch.randn(shape, generator=generator) for _ in "ab")
         noise = reference.philox_gumbel(state, logits, -1, None)
         hard, soft = (torch.empty_like(logits) for _ in "ab")
@@ -70,21 +71,19 @@ def _is_right(extension: Extension) -> bool:
         expected = reference.softmax(logits, noise, options, -1)
         relaxed = torch.softmax((logits + noise) / 0.7, -1)
         inner = relaxed * (gradient - (relaxed * gradient).sum(-1, keepdim=True)) / 0.7
-        found = _softmax_backward(extension, gradient, soft, None, 0.7)
-        right = hard.equal(expected) and _near(soft, relaxed) and _near(found, inner)
-        if not (right and _norms(extension, logits) and _products(extension, logits)):
+        # In place, as backward does.
+        found = _softmax_backward(extension, gradient, place := soft.clone(), place, None, 0.7)
+        if not (hard.equal(expected) and _near(soft, relaxed) and _near(found, inner) and _norms(extension, logits)):
             return False
-    logits, gradient = (torch.randn(150, generator=generator) for _ in "ab")
+    logits = torch.randn(150, generator=generator)
     noise = reference.philox_logistic(state, logits)
-    hard, soft = (torch.empty_like(logits) for _ in "ab")
-    _sigmoid_forward(extension, logits, hard, soft, state, 0.7)
+    hard, slope = (torch.empty_like(logits) for _ in "ab")
+    _sigmoid_forward(extension, logits, hard, slope, state, 0.7)
     relaxed = torch.sigmoid((logits + noise) / 0.7)
-    found = _sigmoid_backward(extension, gradient, soft, 0.7)
-    return (
-        hard.equal(reference.sigmoid(logits, noise, options))
-        and _near(soft, relaxed)
-        and _near(found, gradient * relaxed * (1 - relaxed) / 0.7)
-    )
+    if not (hard.equal(reference.sigmoid(logits, noise, options)) and _near(slope, relaxed * (1 - relaxed) / 0.7)):
+        return False
+    _sigmoid_forward(extension, logits, None, slope, state, 0.7)
+    return _near(slope, relaxed)
 
 
 def _norms(extension: Extension, x: Tensor) -> bool:
@@ -98,19 +97,6 @@ def _norms(extension: Extension, x: Tensor) -> bool:
     flags = [True, True, True]
     inner = torch.ops.aten.native_layer_norm_backward(x, x, [columns], *expected[1:], weight, bias, flags)
     return all(map(_near, (out, to_x, to_weight, to_bias), (expected[0], *inner)))
-
-
-def _products(extension: Extension, x: Tensor) -> bool:
-    """Whether products with gates for columns, and for rows, are torch's own, forward and backward."""
-    for gate, view in ((x[0].clone(), (*x.shape, 1)), (x[:, 0].clone(), (1, *x.shape))):
-        out, to_x, other = torch.empty_like(x), torch.empty_like(x), x.flip(0, 1)
-        shape = (1, -1) if view[2] == 1 else (-1, 1)
-        _product_forward(extension, x, gate, view, out)
-        to_gate = _product_backward(extension, other, x, gate, view, to_x)
-        sums = (other * x).sum(0 if view[2] == 1 else 1)
-        if not all(map(_near, (out, to_x, to_gate), (x * gate.view(shape), other * gate.view(shape), sums))):
-            return False
-    return True
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
@@ -128,8 +114,8 @@ def takes(logits: Tensor, options: Options, binary: bool) -> bool:
     Gates have every estimator here, rows the straight-through one.
     """
     return (
-        logits.device.type == "cpu"
-        and logits.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        logits.dtype in _DTYPES
+        and logits.device.type == "cpu"
         and (options.plain or (binary and options.hard))
         and (options.hard or options.tau_backward is None)
         and not isinstance(estimator_tau(options), Tensor)
@@ -139,120 +125,95 @@ def takes(logits: Tensor, options: Options, binary: bool) -> bool:
 
 
 def sample_softmax(
-    logits: Tensor,
-    options: Options,
-    dim: int,
-    offsets: Tensor | None,
-    generator: torch.Generator | Philox | None,
+    rows: Tensor, options: Options, offsets: Tensor | None, generator: torch.Generator | Philox | None
 ) -> Tensor:
-    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
-    state = take_state(generator, logits.device)
-    if logits.dim() == 0:
-        return _Softmax.apply(logits.reshape(1), options, None, state)[0 if options.hard else 1].reshape(())
-    last = dim in (-1, logits.dim() - 1)
-    rows = logits if last else logits.movedim(dim, -1)
-    sample = _Softmax.apply(rows, options, offsets, state)[0 if options.hard else 1]
-    return sample if last else sample.movedim(-1, dim).contiguous()
+    """Draws noise and samples along the last dimension, or in each of the rows that ``offsets`` mark in flat logits."""
+    return _Softmax.apply(rows, options, offsets, take_state(generator, rows.device))
 
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
     """Draws noise and samples one gate a logit."""
-    state = take_state(generator, logits.device)
-    if not options.plain:
-        return _EstimatedSigmoid.apply(logits.contiguous(), options, state)
-    return _Sigmoid.apply(logits, options, state)[0 if options.hard else 1]
+    return _Sigmoid.apply(logits, options, take_state(generator, logits.device))
 
 
 class _Sigmoid(Function):
-    """Hard gates (``None`` unless asked for) and relaxed ones; saved as an output, these carry second derivatives."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> tuple[Tensor | None, Tensor]:
-        logits = logits.contiguous()
-        hard = torch.empty_like(logits) if options.hard else None
-        soft = torch.empty_like(logits)
-        _sigmoid_forward(_extension(), logits, hard, soft, state, float(options.surrogate_tau))
-        ctx.save_for_backward(soft)
-        ctx.tau = float(options.surrogate_tau)
-        ctx.set_materialize_grads(False)
-        return hard, soft
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
-        gradient = _total(gradients)
-        if gradient is None:
-            return None, None, None
-        (soft,) = ctx.saved_tensors
-        if torch.is_grad_enabled() or not is_plain_eager(gradient):
-            return torch.ops.aten.sigmoid_backward(gradient, soft) / ctx.tau, None, None
-        return _sigmoid_backward(_extension(), gradient, soft, ctx.tau), None, None
-
-
-class _EstimatedSigmoid(Function):
-    """Hard gates whose gradient is that of an estimator; its slope is known when they are drawn, and is saved."""
+    """Gates. What hard ones pass on is known when they are drawn: their slopes are kept, and backward multiplies."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, options: Options, state: Tensor) -> Tensor:
-        hard, slope = torch.empty_like(logits), torch.empty_like(logits)
-        draws = -1 if options.estimator == "reinmax" else options.rao_samples
-        _sigmoid_forward(_extension(), logits, hard, slope, state, float(estimator_tau(options)), draws)
-        ctx.save_for_backward(logits, slope)
+        sample, ctx.kept = _sample_sigmoid(logits, options, state)
         ctx.options, ctx.state = options, state
-        return hard
+        ctx.save_for_backward(logits, *(() if options.hard else (sample,)))
+        return sample
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, slope = ctx.saved_tensors
-        if not torch.is_grad_enabled():
-            return gradient * slope, None, None
-        # Differentiated again: the oracle's formula on the same noise, which its counter makes again.
-        noises = [reference.philox_logistic(ctx.state, logits, draw) for draw in range(1 + ctx.options.rao_samples)]
-        hard = reference.sigmoid(logits, noises[0], ctx.options, noises[1:])
-        return torch.autograd.grad(hard, logits, gradient, create_graph=True)[0], None, None
+        logits, *sample = ctx.saved_tensors
+        options, state = ctx.options, ctx.state
+        if torch.is_grad_enabled() or not is_plain_eager(gradient):
+            return reference.gradient_again(reference.draw_sigmoid, logits, gradient, options, state), None, None
+        if sample:
+            return torch.ops.aten.sigmoid_backward(gradient, sample[0]) / float(options.tau), None, None
+        # The gradient takes the place of the slopes. Where a graph is walked twice, they are made again.
+        slopes, ctx.kept = ctx.kept, None
+        if slopes is None:
+            slopes = _sample_sigmoid(logits, options, state)[1]
+        return slopes.mul_(gradient), None, None
 
 
 class _Softmax(Function):
-    """One-hot rows (``None`` unless asked for) and relaxed ones; saved as an output, these carry second derivatives."""
+    """Rows; beside hard ones, the relaxed rows are kept for backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        logits = logits.contiguous()
-        hard = torch.empty_like(logits) if options.hard else None
-        soft = torch.empty_like(logits)
-        _softmax_forward(_extension(), logits, hard, soft, offsets, state, float(options.surrogate_tau))
-        ctx.save_for_backward(soft)
-        ctx.offsets, ctx.tau = offsets, float(options.surrogate_tau)
-        ctx.set_materialize_grads(False)
-        return hard, soft
+    def forward(ctx: Any, logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor) -> Tensor:
+        sample, ctx.kept = _sample_softmax(logits, options, offsets, state)
+        ctx.options, ctx.offsets, ctx.state = options, offsets, state
+        ctx.save_for_backward(logits, *(() if options.hard else (sample,)))
+        return sample
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        gradient = _total(gradients)
-        if gradient is None:
-            return None, None, None, None
-        (soft,) = ctx.saved_tensors
-        if not torch.is_grad_enabled() and is_plain_eager(gradient):
-            return _softmax_backward(_extension(), gradient, soft, ctx.offsets, ctx.tau), None, None, None
-        product = gradient * soft
-        if ctx.offsets is None:
-            return (product - soft * product.sum(-1, keepdim=True)) / ctx.tau, None, None, None
-        lengths = ctx.offsets.diff()
-        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        dots = product.new_zeros(len(lengths)).index_add(0, row, product)
-        return (product - soft * dots[row]) / ctx.tau, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, *sample = ctx.saved_tensors
+        options, offsets, state = ctx.options, ctx.offsets, ctx.state
+        if torch.is_grad_enabled() or not is_plain_eager(gradient):
+            found = reference.gradient_again(reference.draw_softmax, logits, gradient, options, offsets, state)
+            return found, None, None, None
+        tau = float(options.surrogate_tau)
+        if sample:
+            out = torch.empty_like(sample[0])
+            return _softmax_backward(_extension(), gradient, sample[0], out, offsets, tau), None, None, None
+        # The gradient takes the place of the relaxed rows. Where a graph is walked twice, they are made again.
+        relaxed, ctx.kept = ctx.kept, None
+        if relaxed is None:
+            relaxed = _sample_softmax(logits, options, offsets, state)[1]
+        return _softmax_backward(_extension(), gradient, relaxed, relaxed, offsets, tau), None, None, None
+
+
+def _sample_sigmoid(logits: Tensor, options: Options, state: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Hard gates and the slopes of their gradient, or relaxed gates."""
+    source = logits.contiguous()
+    beside = torch.empty_like(source)
+    hard = torch.empty_like(source) if options.hard else None
+    draws = -1 if options.estimator == "reinmax" else options.rao_samples
+    _sigmoid_forward(_extension(), source, hard, beside, state, float(estimator_tau(options)), draws)
+    return (beside, None) if hard is None else (hard, beside)
+
+
+def _sample_softmax(
+    logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Hard rows and the relaxed ones beside them, or relaxed rows."""
+    source = logits.contiguous()
+    relaxed = torch.empty_like(source)
+    hard = torch.empty_like(source) if options.hard else None
+    _softmax_forward(_extension(), source, hard, relaxed, offsets, state, float(options.surrogate_tau))
+    return (relaxed, None) if hard is None else (hard, relaxed)
 
 
 def _extension() -> Extension:
     extension = load()[0]
     assert extension is not None  # takes() has seen it
     return extension
-
-
-def _total(gradients: tuple[Tensor | None, ...]) -> Tensor | None:
-    present = [gradient for gradient in gradients if gradient is not None]
-    return sum(present[1:], start=present[0]) if present else None
 
 
 def _sigmoid_forward(
@@ -265,15 +226,6 @@ def _sigmoid_forward(
     module.sigmoid_forward(
         level, logits.data_ptr(), out, soft.data_ptr(), logits.numel(), seed, step, 1 / tau, draws, threads
     )
-
-
-def _sigmoid_backward(extension: Extension, gradient: Tensor, soft: Tensor, tau: float) -> Tensor:
-    gradient = gradient.contiguous()
-    out = torch.empty_like(soft)
-    module, level = extension
-    threads = torch.get_num_threads()
-    module.sigmoid_backward(level, gradient.data_ptr(), soft.data_ptr(), out.data_ptr(), soft.numel(), 1 / tau, threads)
-    return out
 
 
 def _rows(like: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
@@ -301,10 +253,9 @@ def _softmax_forward(
 
 
 def _softmax_backward(
-    extension: Extension, gradient: Tensor, soft: Tensor, offsets: Tensor | None, tau: float
+    extension: Extension, gradient: Tensor, soft: Tensor, out: Tensor, offsets: Tensor | None, tau: float
 ) -> Tensor:
     gradient = gradient.contiguous()
-    out = torch.empty_like(soft)
     module, level = extension
     rows = _rows(soft, offsets)
     threads = torch.get_num_threads()
@@ -342,44 +293,6 @@ def norm_backward(
         The gradients of mask, weight and bias, ``[3, columns]``.
     """
     return _norm_backward(_extension(), gradient, x, keep, weight, means, scales, to_x, eps, centre)
-
-
-def product_forward(x: Tensor, gate: Tensor, view: tuple[int, int, int], out: Tensor) -> None:
-    """Multiplies runs of elements by the gate of their channel; all tensors float32.
-
-    Args:
-        x: Rows of channels of runs of elements, dense in memory in this order.
-        gate: One number for each channel, contiguous.
-        view: Number of rows, of channels, and of elements in a run.
-        out: Where the product goes, laid out as ``x``.
-    """
-    _product_forward(_extension(), x, gate, view, out)
-
-
-def product_backward(gradient: Tensor, x: Tensor, gate: Tensor, view: tuple[int, int, int],
-                     out: Tensor | None) -> Tensor:  # fmt: skip
-    """The gradient of :func:`product_forward`: that of ``x`` is written to ``out``, if there is one.
-
-    Returns:
-        The gradient of the gate, in its shape.
-    """
-    return _product_backward(_extension(), gradient, x, gate, view, out)
-
-
-def _product_forward(extension: Extension, x: Tensor, gate: Tensor, view: tuple[int, int, int], out: Tensor) -> None:
-    module, level = extension
-    module.product_forward(level, x.data_ptr(), gate.data_ptr(), out.data_ptr(), *view, torch.get_num_threads())
-
-
-def _product_backward(extension: Extension, gradient: Tensor, x: Tensor, gate: Tensor, view: tuple[int, int, int],
-                      out: Tensor | None) -> Tensor:  # fmt: skip
-    module, level = extension
-    to_gate = torch.empty_like(gate)
-    module.product_backward(
-        level, gradient.data_ptr(), x.data_ptr(), gate.data_ptr(), 0 if out is None else out.data_ptr(),
-        to_gate.data_ptr(), *view, torch.get_num_threads(),
-    )  # fmt: skip
-    return to_gate
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:

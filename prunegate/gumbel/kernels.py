@@ -75,9 +75,9 @@ def _line_of_words(state, row, first, draw, QUARTER: tl.constexpr):  # type: ign
 
 
 @triton.jit
-def _tile_of_words(state, row, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Random words of the first 4 * QUARTER columns of ROWS rows."""
-    counter = tl.zeros((ROWS, QUARTER), tl.int32) + tl.arange(0, QUARTER)[None, :]
+def _tile_of_words(state, row, first, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Random words of 4 * QUARTER columns of ROWS rows; ``first`` counts the columns before them by fours."""
+    counter = tl.zeros((ROWS, QUARTER), tl.int32) + (first + tl.arange(0, QUARTER))[None, :]
     rows = (row + tl.arange(0, ROWS))[:, None]
     return tl.reshape(_words(state, counter, rows, draw), (ROWS, 4 * QUARTER))
 
@@ -190,7 +190,7 @@ def tile_forward(  # type: ignore[no-untyped-def]
     """Samples rows that fit in a program, ROWS of them at once."""
     row, column, inside, at = _tile(rows, columns, QUARTER, ROWS)
     score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
-    score -= _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)
+    score -= _minus_gumbel(_tile_of_words(state, row, 0, 0, QUARTER, ROWS), FAST)
     score = tl.where(column < columns, score, float("-inf"))
     best = tl.max(score, 1)[:, None]
     wrong = tl.max((score != score).to(tl.int32), 1)[:, None] > 0
@@ -241,7 +241,7 @@ def tile_backward(  # type: ignore[no-untyped-def]
     row, column, inside, at = _tile(rows, columns, QUARTER, ROWS)
     logit = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     logit = tl.where(column < columns, logit, float("-inf"))
-    score = logit - _minus_gumbel(_tile_of_words(state, row, 0, QUARTER, ROWS), FAST)
+    score = logit - _minus_gumbel(_tile_of_words(state, row, 0, 0, QUARTER, ROWS), FAST)
     incoming = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
     temperature = _temperature(tau, POINTER)
     if REINMAX or DRAWS > 0:
@@ -257,7 +257,7 @@ def tile_backward(  # type: ignore[no-untyped-def]
         result = tl.zeros_like(score)
         for draw in range(1, DRAWS + 1):
             # Logarithms of exponential arrival times. The winner's is the first of all; the others come after it.
-            arrival = _minus_gumbel(_tile_of_words(state, row, draw, QUARTER, ROWS), FAST)
+            arrival = _minus_gumbel(_tile_of_words(state, row, 0, draw, QUARTER, ROWS), FAST)
             earliest = tl.sum(tl.where(is_first, arrival, 0.0), 1)[:, None]
             wait = arrival - log_probability
             later = tl.maximum(wait, earliest) + _log(1.0 + _exp(-tl.abs(wait - earliest)), FAST)
@@ -270,111 +270,40 @@ def tile_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_span(offsets, columns, RAGGED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where this program's row begins, and how long it is."""
-    row = tl.program_id(0)
-    if RAGGED:
-        start = tl.load(offsets + row)
-        length = (tl.load(offsets + row + 1) - start).to(tl.int32)
-    else:
-        start = row.to(tl.int64) * columns
-        length = columns
-    return start, length
+def _part(logits, state, columns, QUARTER: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One part of a long row: its columns, which of them there are, where they lie, and their perturbed logits."""
+    column = tl.program_id(1) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
+    inside = column < columns
+    at = tl.program_id(0).to(tl.int64) * columns + column
+    score = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    score -= _minus_gumbel(_line_of_words(state, tl.program_id(0), tl.program_id(1) * QUARTER, 0, QUARTER), FAST)
+    return column, inside, at, tl.where(inside, score, float("-inf"))
 
 
 @triton.jit
-def _scores(logits, state, start, length, at, QUARTER: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Perturbed logits of a row's columns from ``at`` on; -inf beyond its end."""
-    column = at + tl.arange(0, 4 * QUARTER)
-    inside = column < length
-    score = tl.load(logits + start + column, mask=inside, other=0.0).to(tl.float32)
-    score -= _minus_gumbel(_line_of_words(state, tl.program_id(0), at // 4, 0, QUARTER), FAST)
-    return column, inside, tl.where(inside, score, float("-inf"))
+def _index_of_part(part):  # type: ignore[no-untyped-def]
+    return tl.program_id(0) * tl.num_programs(1) + part
 
 
 @triton.jit
-def row_forward(  # type: ignore[no-untyped-def]
-    logits,
-    out,
-    offsets,
-    state,
-    tau,
-    columns,
-    HARD: tl.constexpr,
-    POINTER: tl.constexpr,
-    RAGGED: tl.constexpr,
-    QUARTER: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    """Samples one row a program, in a loop over its columns: a long row, or one of several lengths."""
-    start, length = _row_span(offsets, columns, RAGGED)
-    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
-    winner = tl.full((4 * QUARTER,), 2147483647, tl.int32)
-    total = tl.zeros((4 * QUARTER,), tl.float32)
-    wrong = tl.zeros((4 * QUARTER,), tl.int32)
-    temperature = _temperature(tau, POINTER)
-    for at in range(0, length, 4 * QUARTER):
-        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
-        wrong = wrong | (score != score).to(tl.int32)
-        if HARD:
-            winner = tl.where(score > best, column, winner)
-            tl.store(out + start + column, tl.zeros_like(score), mask=inside)
-        else:
-            # Each lane keeps a running maximum of its own; they meet after the loop.
-            higher = tl.maximum(best, score)
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * _exp((best - anchor) / temperature) + _exp((score - anchor) / temperature)
-        best = tl.where(score > best, score, best)
-    top = tl.max(best, 0)
-    bad = (tl.max(wrong, 0) > 0) | (top == float("inf")) | (top == float("-inf"))
-    if HARD:
-        first = tl.min(tl.where(best == top, winner, 2147483647), 0)
-        # Zeros that other threads wrote must land before the 1.
-        tl.debug_barrier()
-        tl.store(out + start + first, 1.0, mask=(first < length) & (bad == 0))
-        if bad:
-            for at in range(0, length, 4 * QUARTER):
-                column = at + tl.arange(0, 4 * QUARTER)
-                nothing = tl.full((4 * QUARTER,), float("nan"), tl.float32)
-                tl.store(out + start + column, nothing, mask=column < length)
-    else:
-        top = tl.where(bad, 0.0, top)
-        sum_ = tl.sum(tl.where(best == float("-inf"), 0.0, total * _exp((best - top) / temperature)), 0)
-        sum_ = tl.where(bad, 1.0, sum_)
-        for at in range(0, length, 4 * QUARTER):
-            column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
-            soft = _exp((score - top) / temperature) / sum_
-            tl.store(out + start + column, tl.where(bad, float("nan"), soft), mask=inside)
-
-
-@triton.jit
-def row_winners(  # type: ignore[no-untyped-def]
+def part_winners(  # type: ignore[no-untyped-def]
     logits,
     out,
     parts,
     winners,
     state,
     columns,
-    span,
     QUARTER: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """The best score and its column of one part of a long row, NaN if a score is; the part is filled with zeros."""
-    start = tl.program_id(0).to(tl.int64) * columns
-    first = tl.program_id(1) * span
-    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
-    winner = tl.full((4 * QUARTER,), 2147483647, tl.int32)
-    wrong = tl.zeros((4 * QUARTER,), tl.int32)
-    for at in range(first, tl.minimum(first + span, columns), 4 * QUARTER):
-        column, inside, score = _scores(logits, state, start, columns, at, QUARTER, FAST)
-        wrong = wrong | (score != score).to(tl.int32)
-        winner = tl.where(score > best, column, winner)
-        best = tl.where(score > best, score, best)
-        tl.store(out + start + column, tl.zeros_like(score), mask=inside)
-    top = tl.max(best, 0)
-    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(winners + at, tl.min(tl.where(best == top, winner, 2147483647), 0))
-    tl.store(parts + at, tl.where(tl.max(wrong, 0) > 0, float("nan"), top))
+    column, inside, at, score = _part(logits, state, columns, QUARTER, FAST)
+    tl.store(out + at, tl.zeros_like(score), mask=inside)
+    wrong = tl.max((score != score).to(tl.int32), 0) > 0
+    top = tl.max(score, 0)
+    here = _index_of_part(tl.program_id(1))
+    tl.store(winners + here, tl.min(tl.where(score == top, column, 2147483647), 0))
+    tl.store(parts + here, tl.where(wrong, float("nan"), top))
 
 
 @triton.jit
@@ -387,7 +316,7 @@ def row_choice(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     QUARTER: tl.constexpr,
 ):
-    """Writes the 1 of a row whose parts have been through :func:`row_winners`; or NaN, if it has no winner."""
+    """Writes the 1 of a row whose parts have been through :func:`part_winners`; or NaN, if it has no winner."""
     start = tl.program_id(0).to(tl.int64) * columns
     part = tl.arange(0, PARTS)
     here = part < count
@@ -405,106 +334,174 @@ def row_choice(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_sums(  # type: ignore[no-untyped-def]
-    gradient, logits, state, start, length, first, last, temperature, QUARTER: tl.constexpr, FAST: tl.constexpr
-):
-    """Of a row's columns from ``first`` to ``last``: the best score, and sums of exp and of exp times the gradient.
-
-    The exponentials are of the scores' distances to the best.
-    """
-    best = tl.full((4 * QUARTER,), float("-inf"), tl.float32)
-    total = tl.zeros((4 * QUARTER,), tl.float32)
-    dots = tl.zeros((4 * QUARTER,), tl.float32)
-    for at in range(first, last, 4 * QUARTER):
-        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
-        incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
-        higher = tl.maximum(best, score)
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = _exp((best - anchor) / temperature)
-        relaxed = _exp((score - anchor) / temperature)
-        total = total * shrink + relaxed
-        dots = dots * shrink + relaxed * incoming
-        best = higher
-    return _merged(best, total, dots, temperature)
-
-
-@triton.jit
-def _merged(best, total, dots, temperature):  # type: ignore[no-untyped-def]
-    """Sums that are relative to several best scores, relative to the best of them; that is 0 where there is none."""
-    top = tl.max(best, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) / temperature))
-    return top, tl.sum(total * weight, 0), tl.sum(dots * weight, 0)
-
-
-@triton.jit
-def row_sums(  # type: ignore[no-untyped-def]
+def part_sums(  # type: ignore[no-untyped-def]
     gradient,
     logits,
+    work,
     parts,
     state,
     tau,
     columns,
-    span,
+    GRADIENT: tl.constexpr,
     POINTER: tl.constexpr,
     QUARTER: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """What backward must know of a row, from the part of it that this program has: three numbers of each part."""
-    start = tl.program_id(0).to(tl.int64) * columns
-    first = tl.program_id(1) * span
-    last = tl.minimum(first + span, columns)
-    top, total, dot = _row_sums(
-        gradient, logits, state, start, columns, first, last, _temperature(tau, POINTER), QUARTER, FAST
-    )
-    at = parts + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * 3
-    tl.store(at, top)
-    tl.store(at + 1, total)
-    tl.store(at + 2, dot)
+    """Exponentials of one part of a long row, into ``work``; and its three numbers.
+
+    These are its best score, and the sums of the exponentials and of their products with the gradient (or NaN for all
+    of them, where a score is). The exponentials are of the scores' distances to the part's best.
+    """
+    _column, inside, at, score = _part(logits, state, columns, QUARTER, FAST)
+    top = tl.max(score, 0)
+    # In a part where all is masked out, or one score is infinite, the exponentials must not be of NaN.
+    anchor = tl.where(top == float("-inf"), 0.0, top)
+    relaxed = _exp((score - anchor) * (1.0 / _temperature(tau, POINTER)))
+    tl.store(work + at, relaxed, mask=inside)
+    here = parts + _index_of_part(tl.program_id(1)) * 3
+    wrong = tl.max((score != score).to(tl.int32), 0) > 0
+    tl.store(here, tl.where(wrong, float("nan"), top))
+    tl.store(here + 1, tl.sum(relaxed, 0))
+    if GRADIENT:
+        incoming = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(here + 2, tl.sum(relaxed * incoming, 0))
 
 
 @triton.jit
-def row_backward(  # type: ignore[no-untyped-def]
+def part_finish(  # type: ignore[no-untyped-def]
     gradient,
+    work,
+    out,
+    parts,
+    tau,
+    columns,
+    GRADIENT: tl.constexpr,
+    POINTER: tl.constexpr,
+    PARTS: tl.constexpr,
+    QUARTER: tl.constexpr,
+):
+    """The relaxed row, or the gradient of its logits, from what :func:`part_sums` has left of all its parts."""
+    scale = 1.0 / _temperature(tau, POINTER)
+    part = tl.arange(0, PARTS)
+    here = parts + _index_of_part(part) * 3
+    present = part < tl.num_programs(1)
+    best = tl.load(here, mask=present, other=float("-inf"))
+    wrong = (tl.max((best != best).to(tl.int32), 0) > 0) | (tl.max(best, 0) == float("inf"))
+    top = tl.max(best, 0)
+    wrong = wrong | (top == float("-inf"))
+    weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) * scale))
+    total = tl.sum(weight * tl.load(here + 1, mask=present, other=0.0), 0)
+    own = tl.load(parts + _index_of_part(tl.program_id(1)) * 3)
+    factor = tl.where(own == float("-inf"), 0.0, _exp((own - top) * scale)) / total
+    column = tl.program_id(1) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
+    at = tl.program_id(0).to(tl.int64) * columns + column
+    sample = tl.load(work + at, mask=column < columns, other=0.0) * tl.where(wrong, float("nan"), factor)
+    if GRADIENT:
+        dot = tl.sum(weight * tl.load(here + 2, mask=present, other=0.0), 0) / total
+        incoming = tl.load(gradient + at, mask=column < columns, other=0.0).to(tl.float32)
+        sample = sample * scale * (incoming - dot)
+    tl.store(out + at, sample, mask=column < columns)
+
+
+@triton.jit
+def _ragged(offsets, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's rows: the first one's number, where each begins, how long each is, and the longest of them."""
+    first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
+    start = tl.load(offsets + row, mask=row < rows, other=0)
+    end = tl.load(offsets + row + 1, mask=row < rows, other=0)
+    length = (end - start).to(tl.int32)
+    return first, start[:, None], length[:, None], tl.max(length, 0)
+
+
+@triton.jit
+def _ragged_scores(  # type: ignore[no-untyped-def]
+    logits, state, first, start, length, at, QUARTER: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr
+):
+    """Perturbed logits of the rows' columns from ``at`` on, and where they lie; -inf beyond a row's end."""
+    column = at + tl.arange(0, 4 * QUARTER)[None, :]
+    inside = column < length
+    place = start + column
+    score = tl.load(logits + place, mask=inside, other=0.0).to(tl.float32)
+    score -= _minus_gumbel(_tile_of_words(state, first, at // 4, 0, QUARTER, ROWS), FAST)
+    return column, inside, place, tl.where(inside, score, float("-inf"))
+
+
+@triton.jit
+def ragged_winners(  # type: ignore[no-untyped-def]
     logits,
     out,
     offsets,
-    parts,
     state,
-    tau,
-    columns,
-    span,
-    POINTER: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PARTS: tl.constexpr,
+    rows,
     QUARTER: tl.constexpr,
+    ROWS: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Gradient of the logits of one row, or of one part of a long row whose sums :func:`row_sums` has left.
+    """Samples hard rows of different lengths, ROWS of them at once, in a loop over the columns of the longest."""
+    first, start, length, longest = _ragged(offsets, rows, ROWS)
+    best = tl.full((ROWS, 4 * QUARTER), float("-inf"), tl.float32)
+    winner = tl.full((ROWS, 4 * QUARTER), 2147483647, tl.int32)
+    wrong = tl.zeros((ROWS, 4 * QUARTER), tl.int32)
+    for at in range(0, longest, 4 * QUARTER):
+        column, _inside, _place, score = _ragged_scores(logits, state, first, start, length, at, QUARTER, ROWS, FAST)
+        wrong = wrong | (score != score).to(tl.int32)
+        winner = tl.where(score > best, column, winner)
+        best = tl.where(score > best, score, best)
+    top = tl.max(best, 1)[:, None]
+    bad = (tl.max(wrong, 1)[:, None] > 0) | (top == float("inf")) | (top == float("-inf"))
+    chosen = tl.min(tl.where(best == top, winner, 2147483647), 1)[:, None]
+    for at in range(0, longest, 4 * QUARTER):
+        column = at + tl.arange(0, 4 * QUARTER)[None, :]
+        sample = tl.where(bad, float("nan"), tl.where(column == chosen, 1.0, 0.0))
+        tl.store(out + start + column, sample, mask=column < length)
 
-    With PARTS 0 a program has a whole row, and takes its sums in a loop of its own; else PARTS is a power of two that
-    the parts of a row fit in.
-    """
-    start, length = _row_span(offsets, columns, RAGGED)
-    temperature = _temperature(tau, POINTER)
-    first, last = 0, length
-    if PARTS > 0:
-        first = tl.program_id(1) * span
-        last = tl.minimum(first + span, length)
-        part = tl.arange(0, PARTS)
-        here = part < tl.num_programs(1)
-        at = parts + (tl.program_id(0) * tl.num_programs(1) + part) * 3
-        best = tl.load(at, mask=here, other=float("-inf"))
-        total = tl.load(at + 1, mask=here, other=0.0)
-        dots = tl.load(at + 2, mask=here, other=0.0)
-        top, sum_, dot = _merged(best, total, dots, temperature)
-    else:
-        top, sum_, dot = _row_sums(gradient, logits, state, start, length, first, last, temperature, QUARTER, FAST)
-    sum_ = tl.where(sum_ == 0.0, 1.0, sum_)
-    dot = dot / sum_
-    scale = 1.0 / (sum_ * temperature)
-    for at in range(first, last, 4 * QUARTER):
-        column, inside, score = _scores(logits, state, start, length, at, QUARTER, FAST)
-        incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
-        soft = _exp((score - top) / temperature) * scale
-        tl.store(out + start + column, soft * (incoming - dot), mask=inside)
+
+@triton.jit
+def ragged_sums(  # type: ignore[no-untyped-def]
+    gradient,
+    logits,
+    work,
+    out,
+    offsets,
+    state,
+    tau,
+    rows,
+    GRADIENT: tl.constexpr,
+    POINTER: tl.constexpr,
+    QUARTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Relaxed rows of different lengths, or the gradient of their logits; ``work`` holds the scores meanwhile."""
+    first, start, length, longest = _ragged(offsets, rows, ROWS)
+    scale = 1.0 / _temperature(tau, POINTER)
+    best = tl.full((ROWS, 4 * QUARTER), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, 4 * QUARTER), tl.float32)
+    dots = tl.zeros((ROWS, 4 * QUARTER), tl.float32)
+    for at in range(0, longest, 4 * QUARTER):
+        _column, inside, place, score = _ragged_scores(logits, state, first, start, length, at, QUARTER, ROWS, FAST)
+        tl.store(work + place, score, mask=inside)
+        # Each lane keeps a running maximum of its own; they meet after the loop.
+        higher = tl.maximum(best, score)
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        shrink = _exp((best - anchor) * scale)
+        relaxed = _exp((score - anchor) * scale)
+        total = total * shrink + relaxed
+        if GRADIENT:
+            incoming = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+            dots = dots * shrink + relaxed * incoming
+        best = higher
+    top = tl.max(best, 1)[:, None]
+    weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) * scale))
+    sum_ = tl.sum(total * weight, 1)[:, None]
+    dot = tl.sum(dots * weight, 1)[:, None] / sum_
+    for at in range(0, longest, 4 * QUARTER):
+        column = at + tl.arange(0, 4 * QUARTER)[None, :]
+        inside = column < length
+        score = tl.load(work + start + column, mask=inside, other=0.0)
+        sample = _exp((score - top) * scale) / sum_
+        if GRADIENT:
+            incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
+            sample = sample * scale * (incoming - dot)
+        tl.store(out + start + column, sample, mask=inside)

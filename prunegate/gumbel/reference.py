@@ -2,11 +2,13 @@
 
 :func:`softmax` and :func:`sigmoid` take their noise as an argument, so that a path with noise of its own can be
 compared given the same noise; :func:`sample_softmax` and :func:`sample_sigmoid` make it and call them.
+:func:`draw_softmax` and :func:`draw_sigmoid` are what any path draws from a counter: one meaning, one place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,29 +159,53 @@ def philox_logistic(state: Tensor, logits: Tensor, draw: int = 0) -> Tensor:
     return philox.logistic(philox.words(state, torch.zeros_like(column), column, draw)).to(logits.dtype)
 
 
+def draw_softmax(logits: Tensor, options: Options, offsets: Tensor | None, state: Tensor) -> Tensor:
+    """Rows along the last dimension, or those that ``offsets`` mark, on the counter's noise."""
+    noises = [philox_gumbel(state, logits, -1, offsets, draw) for draw in range(1 + options.rao_samples)]
+    return rows_softmax(logits, noises, options, offsets)
+
+
+def draw_sigmoid(logits: Tensor, options: Options, state: Tensor) -> Tensor:
+    """Gates on the counter's noise."""
+    noises = [philox_logistic(state, logits, draw) for draw in range(1 + options.rao_samples)]
+    return sigmoid(logits, noises[0], options, noises[1:])
+
+
+def gradient_again(draw: Callable[..., Tensor], logits: Tensor, gradient: Tensor, *how: Any) -> Tensor:
+    """The gradient of a draw that a kernel has made, in torch's operations on the same noise.
+
+    For second derivatives and batched gradients, which kernels do not have.
+
+    Args:
+        draw: :func:`draw_softmax` or :func:`draw_sigmoid`.
+        logits: What was sampled from.
+        gradient: Gradient of the sample.
+        how: What else ``draw`` takes.
+
+    Returns:
+        The gradient of the logits, differentiable where gradients are being recorded.
+    """
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        source = logits if logits.requires_grad else logits.detach().requires_grad_()
+        return torch.autograd.grad(draw(source, *how), source, gradient, create_graph=again)[0]
+
+
 def sample_softmax(
-    logits: Tensor,
-    options: Options,
-    dim: int,
-    offsets: Tensor | None,
-    generator: torch.Generator | philox.Philox | None,
+    rows: Tensor, options: Options, offsets: Tensor | None, generator: torch.Generator | philox.Philox | None
 ) -> Tensor:
-    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
-    refuse_impossible_rows(logits, dim, offsets)
+    """Draws noise and samples along the last dimension, or in each of the rows that ``offsets`` mark in flat logits."""
+    refuse_impossible_rows(rows, offsets)
     if isinstance(generator, philox.Philox):
-        state = generator.take()
-        noises = [philox_gumbel(state, logits, dim, offsets, draw) for draw in range(1 + options.rao_samples)]
-    else:
-        noises = [gumbel_noise(logits, generator) for _ in range(1 + options.rao_samples)]
-    return rows_softmax(logits, noises, options, dim, offsets)
+        return draw_softmax(rows, options, offsets, generator.take())
+    noises = [gumbel_noise(rows, generator) for _ in range(1 + options.rao_samples)]
+    return rows_softmax(rows, noises, options, offsets)
 
 
-def rows_softmax(
-    logits: Tensor, noises: Sequence[Tensor], options: Options, dim: int, offsets: Tensor | None
-) -> Tensor:
-    """:func:`softmax` along ``dim``, or of each of the rows that ``offsets`` mark in flat logits."""
+def rows_softmax(logits: Tensor, noises: Sequence[Tensor], options: Options, offsets: Tensor | None) -> Tensor:
+    """:func:`softmax` along the last dimension, or of each of the rows that ``offsets`` mark in flat logits."""
     if offsets is None:
-        return softmax(logits, noises[0], options, dim, noises[1:])
+        return softmax(logits, noises[0], options, -1, noises[1:])
     lengths = offsets.diff().tolist()
     rows = zip(logits.split(lengths), *(noise.split(lengths) for noise in noises), strict=True)
     return torch.cat([softmax(row, noise, options, 0, more) for row, noise, *more in rows if len(row)])
@@ -188,8 +214,6 @@ def rows_softmax(
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | philox.Philox | None) -> Tensor:
     """Draws noise and samples one gate a logit."""
     if isinstance(generator, philox.Philox):
-        state = generator.take()
-        noises = [philox_logistic(state, logits, draw) for draw in range(1 + options.rao_samples)]
-    else:
-        noises = [logistic_noise(logits, generator) for _ in range(1 + options.rao_samples)]
+        return draw_sigmoid(logits, options, generator.take())
+    noises = [logistic_noise(logits, generator) for _ in range(1 + options.rao_samples)]
     return sigmoid(logits, noises[0], options, noises[1:])

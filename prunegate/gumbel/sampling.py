@@ -74,9 +74,15 @@ def gumbel_softmax(
     module = choose(backend, logits, options, False)
     if logits.numel() == 0:
         return logits.clone()
+    last = dim in (-1, logits.dim() - 1)
+    rows = logits.reshape(1) if logits.dim() == 0 else logits if last else logits.movedim(dim, -1)
     if logits.dtype in _HALVES and module is not triton:
-        return module.sample_softmax(logits.float(), options, dim, offsets, generator).to(logits.dtype)
-    return module.sample_softmax(logits, options, dim, offsets, generator)
+        sample = module.sample_softmax(rows.float(), options, offsets, generator).to(logits.dtype)
+    else:
+        sample = module.sample_softmax(rows, options, offsets, generator)
+    if logits.dim() == 0:
+        return sample.reshape(())
+    return sample if last else sample.movedim(-1, dim).contiguous()
 
 
 def gumbel_sigmoid(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,12 +19,10 @@ from prunegate.gumbel import aten, reference
 from prunegate.gumbel.arguments import Options, estimator_tau, is_plain_eager, refuse_impossible_rows
 from prunegate.gumbel.philox import Philox, take_state
 
-# Rows of up to this many columns are held whole in the registers of a program; longer ones are looped over.
+# Rows of up to this many columns are held whole in the registers of a program; longer ones are shared by several.
 WHOLE_ROW = 4096
-# Elements of a program: many short rows, or one step of the loop over a long one.
+# Elements of a program: many short rows at once.
 ELEMENTS = 2048
-# Programs that are enough to keep a large GPU busy; where long rows are fewer, several share one.
-PROGRAMS = 1024
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -34,38 +31,23 @@ class Plan(NamedTuple):
     """How a kernel is launched.
 
     Attributes:
-        whole: Whether a program holds whole rows; otherwise it loops over the columns of one.
         quarter: A quarter of the columns in a block.
         rows: Rows in a block.
         warps: Warps of a program.
         parts: Programs that share a row.
     """
 
-    whole: bool
     quarter: int
     rows: int
     warps: int
     parts: int = 1
 
-    @property
-    def span(self) -> int:
-        """Columns of one step of a program's loop."""
-        return 4 * self.quarter
 
-
-def plan_rows(columns: int, ragged: bool, rows: int = PROGRAMS) -> Plan:
-    """The block that suits ``rows`` rows of ``columns`` categories, on average where they are ragged."""
-    quarter = 1
-    while 4 * quarter < columns:
-        quarter *= 2
-    if ragged:
-        # Most rows take one step of the loop, and few lanes of it are idle.
-        quarter = min(max(quarter, 32), ELEMENTS // 4)
-        return Plan(False, quarter, 1, max(1, 4 * quarter // 512))
-    if columns > WHOLE_ROW:
-        steps = -(-columns // (2 * ELEMENTS))
-        return Plan(False, ELEMENTS // 2, 1, 8, min(steps, max(1, PROGRAMS // max(rows, 1))))
-    return Plan(True, quarter, max(1, ELEMENTS // (4 * quarter)), 8 if columns > 2048 else 4)
+def plan_rows(columns: int) -> Plan:
+    """The block that suits rows of ``columns`` categories, on average where they are ragged."""
+    quarter = _power(-(-min(columns, WHOLE_ROW) // 4))
+    warps = 8 if columns > 2048 else 4
+    return Plan(quarter, max(1, ELEMENTS // (4 * quarter)), warps, -(-columns // (4 * quarter)))
 
 
 def interpreting() -> bool:
@@ -100,24 +82,14 @@ def takes(logits: Tensor, options: Options, binary: bool) -> bool:
 
 
 def sample_softmax(
-    logits: Tensor,
-    options: Options,
-    dim: int,
-    offsets: Tensor | None,
-    generator: torch.Generator | Philox | None,
+    rows: Tensor, options: Options, offsets: Tensor | None, generator: torch.Generator | Philox | None
 ) -> Tensor:
-    """Draws noise and samples along ``dim``, or in each of the rows that ``offsets`` mark in flat logits."""
-    columns = logits.shape[dim] if logits.dim() else 1
-    if not (options.plain or plan_rows(columns, offsets is not None).whole):
-        # In a loop over columns, other estimators would need as many passes more; torch's operations serve as well.
-        return aten.sample_softmax(logits.float(), options, dim, offsets, generator).to(logits.dtype)
-    refuse_impossible_rows(logits, dim, offsets)
-    state = take_state(generator, logits.device)
-    if offsets is not None:
-        return _Softmax.apply(logits.contiguous(), options, offsets, state)
-    moved = logits.reshape(1) if logits.dim() == 0 else logits.movedim(dim, -1)
-    sample = _Softmax.apply(moved.reshape(-1, moved.shape[-1]).contiguous(), options, None, state).reshape(moved.shape)
-    return sample.reshape(()) if logits.dim() == 0 else sample.movedim(-1, dim).contiguous()
+    """Draws noise and samples along the last dimension, or in each of the rows that ``offsets`` mark in flat logits."""
+    if not options.plain and (offsets is not None or plan_rows(rows.shape[-1]).parts > 1):
+        # Over several programs or steps, other estimators would need more passes; torch's operations serve as well.
+        return aten.sample_softmax(rows.float(), options, offsets, generator).to(rows.dtype)
+    refuse_impossible_rows(rows, offsets)
+    return _Softmax.apply(rows.contiguous(), options, offsets, take_state(generator, rows.device))
 
 
 def sample_sigmoid(logits: Tensor, options: Options, generator: torch.Generator | Philox | None) -> Tensor:
@@ -155,10 +127,7 @@ class _Sigmoid(Function):
         logits, state = ctx.saved_tensors
         tau, pointer = _tau(ctx.options)
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
-            noises = [reference.philox_logistic(state, logits, draw) for draw in range(1 + ctx.options.rao_samples)]
-            return _oracle_gradient(
-                lambda x: reference.sigmoid(x, noises[0], ctx.options, noises[1:]), logits, gradient
-            )
+            return reference.gradient_again(reference.draw_sigmoid, logits, gradient, ctx.options, state), None, None
         gradient = gradient.contiguous()
         out = torch.empty_like(logits)
         grid = (-(-logits.numel() // ELEMENTS),)
@@ -173,62 +142,64 @@ class _Softmax(Function):
         ctx.save_for_backward(logits, state)
         ctx.options, ctx.offsets = options, offsets
         out = torch.empty_like(logits)
-        _launch("forward", [logits, out], options, offsets, state, HARD=options.hard)
+        _launch(None, logits, out, options, offsets, state)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         logits, state = ctx.saved_tensors
         if torch.is_grad_enabled() or not is_plain_eager(gradient):
-            count, offsets = 1 + ctx.options.rao_samples, ctx.offsets
-            noises = [reference.philox_gumbel(state, logits, -1, offsets, draw) for draw in range(count)]
-            return (*_oracle_gradient(
-                lambda x: reference.rows_softmax(x, noises, ctx.options, -1, offsets), logits, gradient
-            ), None)  # fmt: skip
+            found = reference.gradient_again(reference.draw_softmax, logits, gradient, ctx.options, ctx.offsets, state)
+            return found, None, None, None
         out = torch.empty_like(logits)
-        _launch("backward", [gradient.contiguous(), logits, out], ctx.options, ctx.offsets, state)
+        _launch(gradient.contiguous(), logits, out, ctx.options, ctx.offsets, state)
         return out, None, None, None
 
 
 def _launch(
-    direction: str, tensors: list[Tensor], options: Options, offsets: Tensor | None, state: Tensor, **flags: int | bool
+    gradient: Tensor | None, logits: Tensor, out: Tensor, options: Options, offsets: Tensor | None, state: Tensor
 ) -> None:
-    logits = tensors[-2]
-    ragged = offsets is not None
-    rows, columns = logits.shape if offsets is None else (len(offsets) - 1, logits.numel() // max(1, len(offsets) - 1))
-    plan = plan_rows(columns, ragged, rows)
-    tau, flags["POINTER"] = _tau(options)
-    flags["FAST"] = not interpreting()
-    kernels = _kernels()
-    if plan.whole:
-        if direction == "backward":
-            flags |= _estimator(options)
-        kernel = kernels.tile_forward if direction == "forward" else kernels.tile_backward
-        kernel[(-(-rows // plan.rows),)](
-            *tensors, state, tau, rows, columns, QUARTER=plan.quarter, ROWS=plan.rows, num_warps=plan.warps, **flags
-        )
-        return
+    """Samples into ``out``; or writes the gradient of the logits there, where there is one of the sample."""
+    rows = logits.numel() // logits.shape[-1] if offsets is None else len(offsets) - 1
+    columns = logits.numel() // max(1, rows)
+    plan = plan_rows(columns)
+    tau, pointer = _tau(options)
+    kernels, fast = _kernels(), not interpreting()
+    backward = gradient is not None
     block = {"QUARTER": plan.quarter, "num_warps": plan.warps}
-    # A tensor stands in for what is absent; the flags keep the kernels from reading it.
-    places = state if offsets is None else offsets
-    # Each of a row's programs takes as many whole steps.
-    span = -(-columns // (plan.parts * plan.span)) * plan.span
-    count = -(-columns // span)
-    if direction == "forward" and count > 1 and options.hard and not ragged:
-        parts, winners = (state.new_empty(rows, count, dtype=kind) for kind in (torch.float32, torch.int32))
-        kernels.row_winners[(rows, count)](*tensors, parts, winners, state, columns, span, FAST=flags["FAST"], **block)
-        kernels.row_choice[(rows,)](tensors[-1], parts, winners, columns, count, PARTS=_power(count), **block)
-    elif direction == "forward":
-        kernels.row_forward[(rows,)](*tensors, places, state, tau, columns, RAGGED=ragged, **block, **flags)
+    shared: dict[str, Any] = {**block, "POINTER": pointer}
+    grid = (-(-rows // plan.rows),)
+    winners = options.hard and not backward
+    if offsets is None and plan.parts == 1:
+        shared |= {"ROWS": plan.rows, "FAST": fast}
+        if backward:
+            shared |= _estimator(options)
+            kernels.tile_backward[grid](gradient, logits, out, state, tau, rows, columns, **shared)
+        else:
+            kernels.tile_forward[grid](logits, out, state, tau, rows, columns, HARD=options.hard, **shared)
+        return
+    # A tensor stands in for the gradient where there is none; a flag keeps the kernels from reading it.
+    incoming = logits if gradient is None else gradient
+    # What a kernel leaves for the next must not be rounded to half precision.
+    work = out if winners or out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    if offsets is not None and winners:
+        kernels.ragged_winners[grid](logits, out, offsets, state, rows, ROWS=plan.rows, FAST=fast, **block)
+    elif offsets is not None:
+        shared |= {"ROWS": plan.rows, "FAST": fast, "GRADIENT": backward}
+        kernels.ragged_sums[grid](incoming, logits, work, out, offsets, state, tau, rows, **shared)
+    elif winners:
+        parts, columns_won = (state.new_empty(rows, plan.parts, dtype=kind) for kind in (torch.float32, torch.int32))
+        kernels.part_winners[(rows, plan.parts)](logits, out, parts, columns_won, state, columns, FAST=fast, **block)
+        kernels.row_choice[(rows,)](out, parts, columns_won, columns, plan.parts, PARTS=_power(plan.parts), **block)
     else:
-        parts, shared = state, count > 1 and not ragged
-        if shared:
-            parts = state.new_empty(rows, count, 3, dtype=torch.float32)
-            kernels.row_sums[(rows, count)](*tensors[:2], parts, state, tau, columns, span, **block, **flags)
-        kernels.row_backward[(rows, count if shared else 1)](
-            *tensors, places, parts, state, tau, columns, span, RAGGED=ragged, PARTS=_power(count) if shared else 0,
-            **block, **flags,
-        )  # fmt: skip
+        both = (rows, plan.parts)
+        parts = state.new_empty(rows, plan.parts, 3, dtype=torch.float32)
+        kernels.part_sums[both](
+            incoming, logits, work, parts, state, tau, columns, GRADIENT=backward, FAST=fast, **shared
+        )
+        kernels.part_finish[both](
+            incoming, work, out, parts, tau, columns, GRADIENT=backward, PARTS=_power(plan.parts), **shared
+        )
 
 
 def _power(count: int) -> int:
@@ -238,12 +209,3 @@ def _power(count: int) -> int:
 
 def _estimator(options: Options) -> dict[str, int | bool]:
     return {"DRAWS": options.rao_samples, "REINMAX": options.estimator == "reinmax"}
-
-
-def _oracle_gradient(sample: Callable[[Tensor], Tensor], logits: Tensor, gradient: Tensor) -> tuple[Tensor, None, None]:
-    """The gradient in torch's operations on the same noise, for second derivatives and batched gradients."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        source = logits if logits.requires_grad else logits.detach().requires_grad_()
-        found = torch.autograd.grad(sample(source), source, gradient, create_graph=again)[0]
-    return found, None, None

@@ -18,7 +18,10 @@ from prunegate.gumbel.arguments import make_options
 pytestmark = pytest.mark.skipif(cpu.load()[0] is None, reason=cpu.availability())
 
 SEED, STEP = 0xFEDCBA9876543210, 3
-SHAPES = [(1, 1), (37, 5), (40, 4), (33, 128), (3, 129), (5, 1024), (2, 50_257), (17, 32), (16, 64), (2, 191)]
+SHAPES = [
+    *[(1, 1), (37, 5), (33, 128), (3, 129), (5, 1024), (2, 50_257), (2, 191)],
+    *[(40, 4), (39, 4), (21, 8), (5, 16), (3, 32), (17, 32), (9, 64), (16, 64)],
+]
 
 
 def extensions() -> list[cpu.Extension]:
@@ -63,7 +66,9 @@ def test_rows_equal_the_oracle_given_the_noise(
     relaxed = reference.softmax(exact, drawn.double(), make_options(tau, None, False, "st", 0), -1)
     assert_close(soft.double(), relaxed.detach(), atol=1e-6, rtol=1e-6)
     (expected,) = torch.autograd.grad(relaxed, exact, gradient.double())
-    found = cpu._softmax_backward(extension, gradient, soft, None, tau)
+    found = cpu._softmax_backward(extension, gradient, soft, torch.empty_like(soft), None, tau)
+    # In place, as where nothing else needs the relaxed rows.
+    assert cpu._softmax_backward(extension, gradient, soft, soft, None, tau).equal(found)
     assert_close(found.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
 
 
@@ -72,17 +77,17 @@ def test_rows_equal_the_oracle_given_the_noise(
 def test_gates_equal_the_oracle_given_the_noise(
     extension: cpu.Extension, state: torch.Tensor, count: int, tau: float
 ) -> None:
-    logits, gradient = torch.randn(count), torch.randn(count)
+    logits = torch.randn(count)
     drawn = noise(extension, 1, count, True)[0]
-    hard, soft = torch.empty(count), torch.empty(count)
-    cpu._sigmoid_forward(extension, logits, hard, soft, state, tau)
+    hard, slope, soft = torch.empty(count), torch.empty(count), torch.empty(count)
+    cpu._sigmoid_forward(extension, logits, hard, slope, state, tau)
     assert hard.equal(reference.sigmoid(logits, drawn, make_options(tau, None, True, "st", 0)))
+    cpu._sigmoid_forward(extension, logits, None, soft, state, tau)
     exact = logits.double().requires_grad_()
     relaxed = torch.sigmoid((exact + drawn.double()) / tau)
     assert_close(soft.double(), relaxed.detach(), atol=1e-6, rtol=1e-6)
-    (expected,) = torch.autograd.grad(relaxed, exact, gradient.double())
-    found = cpu._sigmoid_backward(extension, gradient, soft, tau)
-    assert_close(found.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
+    (expected,) = torch.autograd.grad(relaxed, exact, torch.ones_like(relaxed))
+    assert_close(slope.double() * tau, expected * tau, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("draws", [1, 5, -1])
@@ -201,6 +206,22 @@ def test_threads_do_not_change_the_draw(shape: tuple[int, ...]) -> None:
         assert first.equal(third)
 
 
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("kind", [{}, {"estimator": "reinmax"}, {"rao_samples": 2}], ids=str)
+def test_a_graph_can_be_walked_twice(hard: bool, kind: dict[str, object]) -> None:
+    # The first walk puts the gradient where the relaxed sample was; the second has to make it again.
+    if kind and not hard:
+        return
+    logits, weight = torch.randn(40, 30, requires_grad=True), torch.randn(40, 30)
+    for sampler in (gumbel_sigmoid, gumbel_softmax):
+        sample = sampler(logits, 0.7, hard, backend="cpu", **kind)
+        first = torch.autograd.grad(sample, logits, weight, retain_graph=True)[0]
+        kept, second = first.clone(), torch.autograd.grad(sample, logits, weight, retain_graph=True)[0]
+        assert second.equal(first)
+        assert first.equal(kept)
+        assert_close(torch.autograd.grad(sample, logits, 2 * weight)[0], 2 * kept)
+
+
 def test_ragged_rows_have_second_derivatives() -> None:
     logits, weight, probe = torch.randn(50, requires_grad=True), torch.randn(50), torch.randn(50)
     derivatives = []
@@ -230,7 +251,7 @@ def test_a_wrong_extension_steps_aside(
         # Frequencies would be right, gradients would not.
         wrong.softmax_backward = lambda *a: real.softmax_backward(*a[:7], 1.02 * a[7], a[8])
     else:
-        del wrong.sigmoid_backward
+        del wrong.sigmoid_forward
     monkeypatch.setattr(cpu.importlib, "import_module", lambda name: wrong)
     cpu.load.cache_clear()
     try:

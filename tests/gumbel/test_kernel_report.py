@@ -34,10 +34,17 @@ def test_bytes_are_counted_by_operation(report) -> None:
 
 
 def test_the_slowest_resource_is_the_limit(report) -> None:
-    card = report.Card("card", 1e12, 100, 1e9)
-    light, heavy = report.Binary(32, 0, 0, 10.0, 1.0), report.Binary(32, 0, 0, 1000.0, 1.0)
-    assert report.limit(light, 8, card) == (1.25e11, "bandwidth")
-    assert report.limit(heavy, 8, card) == (1.28e10, "issue")
+    card = report.Card("card", 1e12, 100, 1e9, 64)
+    counts = {"instructions": 10.0, "integer": 2.0, "multiply": 2.0, "float_": 2.0, "special": 1.0}
+
+    def slowest(**more: float) -> tuple[float, str]:
+        return report.limit(report.Binary(32, 0, 0, **(counts | more)), 8, card)
+
+    assert slowest() == (1.25e11, "bandwidth")
+    assert slowest(instructions=1000.0) == (1.28e10, "issue")
+    assert slowest(integer=100.0) == (6.4e10, "integer unit")
+    assert slowest(float_=200.0, multiply=100.0) == (3.2e10, "float unit")
+    assert slowest(special=100.0) == (1.6e10, "special functions")
 
 
 @pytest.mark.slow

@@ -86,11 +86,11 @@ def test_no_launch_looks_at_what_is_on_the_device(own: bool, monkeypatch: pytest
 
         offsets = torch.empty(5, dtype=torch.int64, device="cuda")
         assert run(triton.sample_sigmoid, 26_560) == ["gates_forward", "gates_backward"]
-        assert run(triton.sample_softmax, 100, 32, dim=-1, offsets=None) == ["tile_forward", "tile_backward"]
-        assert run(triton.sample_softmax, 4000, 5000, dim=-1, offsets=None) == ["row_forward", "row_backward"]
-        few = ["row_winners", "row_choice", "row_sums", "row_backward"]
-        assert run(triton.sample_softmax, 64, 50_257, dim=-1, offsets=None) == few
-        assert run(triton.sample_softmax, 900, dim=-1, offsets=offsets) == ["row_forward", "row_backward"]
+        assert run(triton.sample_softmax, 100, 32, offsets=None) == ["tile_forward", "tile_backward"]
+        long = ["part_winners", "row_choice", "part_sums", "part_finish"]
+        assert run(triton.sample_softmax, 4000, 5000, offsets=None) == long
+        assert run(triton.sample_softmax, 64, 50_257, offsets=None) == long
+        assert run(triton.sample_softmax, 900, offsets=offsets) == ["ragged_winners", "ragged_sums"]
         with pytest.raises(DataDependentOutputException):
             offsets.tolist()
 
