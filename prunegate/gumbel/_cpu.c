@@ -11,6 +11,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
@@ -53,12 +54,20 @@ typedef struct {
 } Norm;
 
 typedef struct {
+    const float *x, *gate, *gradient;
+    float *out, *sums;
+    int64_t channels, run, rows_a_share;
+} Product;
+
+typedef struct {
     void (*sigmoid_forward)(const Work *, int64_t, int64_t);
     int64_t (*softmax_forward)(const Work *, int64_t, int64_t);
     void (*softmax_backward)(const Work *, int64_t, int64_t);
     void (*noise)(const Work *, int64_t, int64_t);
     void (*norm_forward)(const Norm *, int64_t, int64_t);
     void (*norm_backward)(const Norm *, int64_t, int64_t);
+    void (*product_forward)(const Product *, int64_t, int64_t);
+    void (*product_backward)(const Product *, int64_t, int64_t);
 } Kernels;
 
 /* Four independent chains of arithmetic side by side keep the processor's units busy. */
@@ -226,8 +235,10 @@ typedef struct {
     void (*plain)(const Work *, int64_t, int64_t);
     int64_t (*counting)(const Work *, int64_t, int64_t);
     void (*norm)(const Norm *, int64_t, int64_t);
+    void (*product)(const Product *, int64_t, int64_t);
     const Work *work;
     const Norm *normed;
+    const Product *gated;
     int64_t begin, end, result;
 } Share;
 
@@ -239,6 +250,8 @@ static void *run_share(void *argument)
         share->result = share->counting(share->work, share->begin, share->end);
     else if (share->norm)
         share->norm(share->normed, share->begin, share->end);
+    else if (share->product)
+        share->product(share->gated, share->begin, share->end);
     else
         share->plain(share->work, share->begin, share->end);
     return NULL;
@@ -420,6 +433,77 @@ static PyObject *norm_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
     return PyLong_FromLongLong((rows + w.rows_a_share - 1) / w.rows_a_share);
 }
 
+/* Shorter runs of elements with one gate are multiplied as rows, by gates that are repeated first. */
+#define FEW 32
+
+/* Brings a product into the form that the kernels take, with `spaces` rows of sums to write; NULL if memory ends. */
+static float *spread(Product *p, int64_t spaces)
+{
+    int64_t repeats = p->run < FEW ? p->run : 1, columns = p->channels * repeats;
+    float *space = malloc((1 + spaces) * columns * sizeof(float));
+    if (!space) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    float *at = space;
+    for (int64_t channel = 0; channel < p->channels; channel++)
+        for (int64_t i = 0; i < repeats; i++)
+            *at++ = p->gate[channel];
+    p->gate = space;
+    p->sums = space + columns;
+    p->channels = columns;
+    p->run /= repeats;
+    return space;
+}
+
+static PyObject *product_forward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("product_forward", n, 8))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Product p = {.x = address(a[1]), .gate = address(a[2]), .out = address(a[3])};
+    int64_t rows = PyLong_AsLongLong(a[4]), threads = PyLong_AsLongLong(a[7]);
+    p.channels = PyLong_AsLongLong(a[5]);
+    p.run = PyLong_AsLongLong(a[6]);
+    float *space = PyErr_Occurred() ? NULL : spread(&p, 0);
+    if (!space)
+        return NULL;
+    run((Share){.product = k->product_forward, .gated = &p}, rows, rows * p.channels * p.run, 4, threads);
+    free(space);
+    Py_RETURN_NONE;
+}
+
+static PyObject *product_backward(PyObject *self, PyObject *const *a, Py_ssize_t n)
+{
+    if (arity("product_backward", n, 10))
+        return NULL;
+    const Kernels *k = take_level(a[0]);
+    Product p = {.gradient = address(a[1]), .x = address(a[2]), .gate = address(a[3]), .out = address(a[4])};
+    float *to_gate = address(a[5]);
+    int64_t rows = PyLong_AsLongLong(a[6]), threads = PyLong_AsLongLong(a[9]), channels = PyLong_AsLongLong(a[7]);
+    p.channels = channels;
+    p.run = PyLong_AsLongLong(a[8]);
+    if (PyErr_Occurred())
+        return NULL;
+    int64_t count = rows * p.channels * p.run;
+    threads = useful_threads(count, threads);
+    p.rows_a_share = (rows + threads - 1) / threads;
+    float *space = spread(&p, threads);
+    if (!space)
+        return NULL;
+    run((Share){.product = k->product_backward, .gated = &p}, rows, count, p.rows_a_share, threads);
+    int64_t shares = (rows + p.rows_a_share - 1) / p.rows_a_share, repeats = p.channels / channels;
+    for (int64_t channel = 0; channel < channels; channel++) {
+        double total = 0;
+        for (int64_t share = 0; share < shares; share++)
+            for (int64_t i = channel * repeats; i < (channel + 1) * repeats; i++)
+                total += p.sums[share * p.channels + i];
+        to_gate[channel] = (float)total;
+    }
+    free(space);
+    Py_RETURN_NONE;
+}
+
 static PyObject *level(PyObject *self, PyObject *unused) { return PyLong_FromLong(best_level()); }
 
 static PyMethodDef methods[] = {
@@ -441,6 +525,10 @@ static PyMethodDef methods[] = {
      "(level, gradient, x, keep, weight or 0, means, scales, out, sums, rows, columns, eps, centre, threads): "
      "gradient of the rows. Returns how many shares there are in sums, a space of [threads, 3, columns]: each the "
      "gradient of mask, weight and bias by part of the rows."},
+    {"product_forward", (PyCFunction)(void (*)(void))product_forward, METH_FASTCALL,
+     "(level, x, gate, out, rows, channels, run, threads): runs of elements multiplied by their channel's gate."},
+    {"product_backward", (PyCFunction)(void (*)(void))product_backward, METH_FASTCALL,
+     "(level, gradient, x, gate, out or 0, to gate, rows, channels, run, threads): gradients of x and of the gate."},
     {NULL, NULL, 0, NULL},
 };
 

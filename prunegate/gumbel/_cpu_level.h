@@ -9,9 +9,11 @@
 #include "_cpu_vector.h"
 #include "_cpu_kernels.h"
 #include "_cpu_norms.h"
+#include "_cpu_products.h"
 
 static const Kernels ID(kernels) = {
-    ID(sigmoid_forward), ID(softmax_forward), ID(softmax_backward), ID(noise), ID(norm_forward), ID(norm_backward),
+    ID(sigmoid_forward), ID(softmax_forward), ID(softmax_backward), ID(noise),
+    ID(norm_forward),    ID(norm_backward),    ID(product_forward),  ID(product_backward),
 };
 
 #undef VF

@@ -73,7 +73,8 @@ def _is_right(extension: Extension) -> bool:
         inner = relaxed * (gradient - (relaxed * gradient).sum(-1, keepdim=True)) / 0.7
         # In place, as backward does.
         found = _softmax_backward(extension, gradient, place := soft.clone(), place, None, 0.7)
-        if not (hard.equal(expected) and _near(soft, relaxed) and _near(found, inner) and _norms(extension, logits)):
+        right = hard.equal(expected) and _near(soft, relaxed) and _near(found, inner)
+        if not (right and _norms(extension, logits) and _products(extension, logits)):
             return False
     logits = torch.randn(150, generator=generator)
     noise = reference.philox_logistic(state, logits)
@@ -97,6 +98,19 @@ def _norms(extension: Extension, x: Tensor) -> bool:
     flags = [True, True, True]
     inner = torch.ops.aten.native_layer_norm_backward(x, x, [columns], *expected[1:], weight, bias, flags)
     return all(map(_near, (out, to_x, to_weight, to_bias), (expected[0], *inner)))
+
+
+def _products(extension: Extension, x: Tensor) -> bool:
+    """Whether products with gates for columns, and for rows, are torch's own, forward and backward."""
+    for gate, view in ((x[0].clone(), (*x.shape, 1)), (x[:, 0].clone(), (1, *x.shape))):
+        out, to_x, other = torch.empty_like(x), torch.empty_like(x), x.flip(0, 1)
+        shape = (1, -1) if view[2] == 1 else (-1, 1)
+        _product_forward(extension, x, gate, view, out)
+        to_gate = _product_backward(extension, other, x, gate, view, to_x)
+        sums = (other * x).sum(0 if view[2] == 1 else 1)
+        if not all(map(_near, (out, to_x, to_gate), (x * gate.view(shape), other * gate.view(shape), sums))):
+            return False
+    return True
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
@@ -293,6 +307,44 @@ def norm_backward(
         The gradients of mask, weight and bias, ``[3, columns]``.
     """
     return _norm_backward(_extension(), gradient, x, keep, weight, means, scales, to_x, eps, centre)
+
+
+def product_forward(x: Tensor, gate: Tensor, view: tuple[int, int, int], out: Tensor) -> None:
+    """Multiplies runs of elements by the gate of their channel; all tensors float32.
+
+    Args:
+        x: Rows of channels of runs of elements, dense in memory in this order.
+        gate: One number for each channel, contiguous.
+        view: Number of rows, of channels, and of elements in a run.
+        out: Where the product goes, laid out as ``x``.
+    """
+    _product_forward(_extension(), x, gate, view, out)
+
+
+def product_backward(gradient: Tensor, x: Tensor, gate: Tensor, view: tuple[int, int, int],
+                     out: Tensor | None) -> Tensor:  # fmt: skip
+    """The gradient of :func:`product_forward`: that of ``x`` is written to ``out``, if there is one.
+
+    Returns:
+        The gradient of the gate, in its shape.
+    """
+    return _product_backward(_extension(), gradient, x, gate, view, out)
+
+
+def _product_forward(extension: Extension, x: Tensor, gate: Tensor, view: tuple[int, int, int], out: Tensor) -> None:
+    module, level = extension
+    module.product_forward(level, x.data_ptr(), gate.data_ptr(), out.data_ptr(), *view, torch.get_num_threads())
+
+
+def _product_backward(extension: Extension, gradient: Tensor, x: Tensor, gate: Tensor, view: tuple[int, int, int],
+                      out: Tensor | None) -> Tensor:  # fmt: skip
+    module, level = extension
+    to_gate = torch.empty_like(gate)
+    module.product_backward(
+        level, gradient.data_ptr(), x.data_ptr(), gate.data_ptr(), 0 if out is None else out.data_ptr(),
+        to_gate.data_ptr(), *view, torch.get_num_threads(),
+    )  # fmt: skip
+    return to_gate
 
 
 def _matrix(x: Tensor) -> tuple[int, int]:
