@@ -209,7 +209,8 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
     odd = [
         f"{name} {shapes.get(name, 'missing here')} (built: {built.get(name, 'missing')})"
         for name in dict.fromkeys((*shapes, *built))
-        # Plain attributes may be tables that a forward makes, of any size; if the skeleton has one, so must the model.
+        # Attributes and buffers outside the state dict may be tables that a forward makes, of any size; if the skeleton
+        # has one, so must the model.
         if shapes.get(name) != built.get(name) and (name in registered or (name in built and name not in shapes))
     ]
     if odd:
@@ -222,9 +223,12 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
 
 
 def _registered(model: nn.Module) -> set[str]:
-    """Names of parameters and buffers, of tied ones all."""
+    """Names of what a state dict holds, of tied ones all: tensors whose sizes the constructor decides."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return names | {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for prefix, module in model.named_modules():
+        own = module._buffers.keys() - module._non_persistent_buffers_set
+        names |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return names
 
 
 def _collect(model: nn.Module, names: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -401,7 +405,10 @@ def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tenso
         if name in channels_last and tensor.dim() != 4:
             raise CheckpointError(f"the file says that {name!r} of shape {tuple(tensor.shape)} is in channels_last")
         values[name] = tensor.clone(memory_format=torch.channels_last) if name in channels_last else tensor
+    skeletons = {name: tensor.shape for name, tensor, _ in named_tensors(model)}
     _assign(model, values, aliases, fixed)
+    if plan.example is not None and any(value.shape != skeletons[name] for name, value in values.items()):
+        check_runs(model, plan.example)  # with tables of the file's sizes, not of its own
     return model
 
 

@@ -165,6 +165,20 @@ def test_every_kind_of_tensor(tmp_path: Path) -> None:
         assert sum((name.endswith("weight") and "table" in name) or "head" in name for name in opened.keys()) == 1
 
 
+def test_tables_that_a_forward_makes(tmp_path: Path) -> None:
+    """A buffer outside the state dict that is of another size from the first forward on."""
+    torch.manual_seed(0)
+    model = timm.create_model("convit_tiny", num_classes=5).eval()
+    gated = prunegate.attach(model).eval()
+    gated.mask = random_mask(gated, 0)
+    slim, image = gated.export().eval(), torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        before = slim(image)
+    assert slim.blocks[0].attn.rel_indices.shape[1] == 196
+    prunegate.save(slim, tmp_path / "slim.safetensors")
+    assert torch.equal(prunegate.load(tmp_path / "slim.safetensors").eval()(image), before)
+
+
 def test_constructor_that_needs_values(tmp_path: Path) -> None:
     model, x = Lists(0.25), torch.randn(3, 4)
     prunegate.save(model, tmp_path / "a.safetensors", builder=functools.partial(Lists, rate=0.25))
