@@ -1,8 +1,9 @@
 """What gates add to a training step: gated over dense, step by step in turn, on one thread.
 
     python tools/bench_step.py --rounds 9
-    python tools/bench_step.py --models resnet50 --batch 8 --size 128 --compile
+    python tools/bench_step.py --models resnet50 --shapes 8x128 --modes compiled
 
+By default each model runs at two shapes, eager and compiled (compiling takes a minute or more for each step).
 Before anything is timed, both must give the same loss with every gate open. Times are of the process's own clock, so
 that what else the machine does falls on neither; the ratio is the median over rounds, with its quartiles.
 """
@@ -10,6 +11,7 @@ that what else the machine does falls on neither; the ratio is the median over r
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,21 +27,21 @@ def main() -> None:
     """Prints one line for each model."""
     parser = argparse.ArgumentParser(description="Times a gated training step beside a dense one.")
     parser.add_argument("--models", nargs="+", default=["resnet50", "deit_small_patch16_224"])
-    parser.add_argument("--batch", type=int, default=8, help="images in a step")
-    parser.add_argument("--size", type=int, nargs="+", default=[128, 224], help="sides, one for each model")
+    parser.add_argument("--shapes", nargs="+", default=["8x224", "8x128"], help="images in a step, and their side")
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--rounds", type=int, default=9, help="pairs of steps")
-    parser.add_argument("--compile", action="store_true", help="both compiled")
     parser.add_argument("--profile", action="store_true", help="which operations the gated step adds")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__}, float32, SGD, one thread, batch {args.batch}, {args.rounds} rounds")
-    for place, name in enumerate(args.models):
-        size = args.size[min(place, len(args.size) - 1)]
-        steps = make_steps(name, args.batch, size, args.compile)
+    print(f"torch {torch.__version__}, float32, SGD, one thread, {args.rounds} rounds")
+    for name, shape, mode in itertools.product(args.models, args.shapes, args.modes):
+        batch, size = map(int, shape.split("x"))
+        torch.compiler.reset()
+        steps = make_steps(name, batch, size, mode == "compiled")
         ratios, dense = compare(steps, args.rounds)
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name} {size}x{size}: gated / dense {middle:.3f} (quartiles {low:.3f} to {high:.3f}), "
-              f"dense step {dense * 1e3:.0f} ms")  # fmt: skip
+        print(f"{name}, {batch} images of {size}x{size}, {mode}: gated / dense {middle:.3f} "
+              f"(quartiles {low:.3f} to {high:.3f}), dense step {dense * 1e3:.0f} ms", flush=True)  # fmt: skip
         if args.profile:
             profile(steps)
 
