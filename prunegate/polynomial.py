@@ -138,7 +138,7 @@ class Polynomial:
             for gate_class, weight in length.weights:
                 self._matrix[row, gate_class] = weight
         self._factors, self._coefficients = _pad(terms, len(lengths))
-        self._moments = _Moments.of(lengths, terms, n_classes)
+        self._moments = _Moments.of(lengths, terms, n_classes, classes)
         self.start = torch.ones(self.n_gates, dtype=torch.bool) if start is None else start
         self.dense = self.exact(self.start)
 
@@ -174,7 +174,7 @@ class Polynomial:
         Returns:
             A scalar of ``p``'s type, computed in float64.
         """
-        return self._moments.on(p.device).expected(p, self.classes).to(p.dtype)
+        return self._moments.on(p.device).expected(p).to(p.dtype)
 
     def gradient(self, p: Tensor) -> Tensor:
         """What opening each gate adds to the expectation, float64 ``[n_gates]``; ``p`` may be a hard mask.
@@ -250,10 +250,13 @@ class _Moments:
     weights: Tensor  # float64 [nnz]
     factors: Tensor  # int64 [n_products, width]
     coefficients: Tensor  # float64 [n_products]
+    run_classes: Tensor  # int64 [n_runs]; neighbouring gates of one class are a run, and few runs make a network
+    run_lengths: Tensor  # int64 [n_runs]
     n_classes: int
 
     @classmethod
-    def of(cls, lengths: Sequence[_Length], terms: Sequence[tuple[int, tuple[int, ...]]], n_classes: int) -> _Moments:
+    def of(cls, lengths: Sequence[_Length], terms: Sequence[tuple[int, tuple[int, ...]]], n_classes: int,
+           classes: Tensor) -> _Moments:  # fmt: skip
         number: dict[tuple[int, ...], int | None] = {}
         constants: list[float] = []
         entries: list[tuple[int, int, int]] = []
@@ -284,6 +287,7 @@ class _Moments:
                     products[product] = products.get(product, 0) + coefficient
         factors, coefficients = _pad([(c, key) for key, c in products.items()], len(constants))
         table = np.array(entries, dtype=np.int64).reshape(-1, 3)
+        run_classes, run_lengths = torch.unique_consecutive(classes, return_counts=True)
         return cls(
             orders,
             torch.tensor([*constants, 1.0], dtype=torch.float64),
@@ -292,6 +296,8 @@ class _Moments:
             torch.from_numpy(table[:, 2].astype(np.float64)),
             torch.from_numpy(factors),
             torch.from_numpy(coefficients),
+            run_classes,
+            run_lengths,
             n_classes,
         )
 
@@ -304,16 +310,22 @@ class _Moments:
         }
         return replace(self, **tensors)
 
-    def expected(self, p: Tensor, classes: Tensor) -> Tensor:
-        classes = classes.to(p.device)
-        p = p.double()
-        sums = [p.new_zeros(self.n_classes).index_add(0, classes, k) for k in _bernoulli_cumulants(p, self.orders)]
+    def expected(self, p: Tensor) -> Tensor:
+        sums = [self._by_class(k) for k in _bernoulli_cumulants(p.double(), self.orders)]
         picked = torch.cat(sums)[self.columns] * self.weights
         cumulants = self.constants.index_add(0, self.rows, picked)
         value = self.coefficients
         for column in self.factors.unbind(1):
             value = value * cumulants[column]
         return value.sum()
+
+
+    def _by_class(self, values: Tensor) -> Tensor:
+        """Sums of ``values`` (float64 ``[n_gates]``) over the gates of each class."""
+        if not values.numel():
+            return values.new_zeros(self.n_classes)
+        runs = torch.segment_reduce(values, "sum", lengths=self.run_lengths, unsafe=True)
+        return values.new_zeros(self.n_classes).index_add(0, self.run_classes, runs)
 
 
 def _partitions(items: tuple[int, ...]) -> Iterator[list[tuple[int, ...]]]:

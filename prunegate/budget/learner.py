@@ -82,6 +82,7 @@ class Learner:
         for number, width in enumerate(widths, start=1):
             self._group[width.slice] = number
         self._sizes = torch.bincount(self._group, minlength=len(widths) + 1).clamp(min=1).double()
+        self._runs, self._lengths = torch.unique_consecutive(self._group, return_counts=True)
         self._first = torch.zeros(n_gates, dtype=torch.float64)
         self._second = 0.0
         self._steps = 0
@@ -95,7 +96,8 @@ class Learner:
         """
         relative = price / price.mean().clamp(min=1e-300)
         gradient = gradient / relative.clamp(min=_CHEAPEST)
-        sums = torch.zeros_like(self._sizes).index_add(0, self._group, gradient)
+        runs = torch.segment_reduce(gradient, "sum", lengths=self._lengths, unsafe=True)
+        sums = torch.zeros_like(self._sizes).index_add(0, self._runs, runs)
         mean = (sums / self._sizes)[self._group]
         return _BETWEEN_GROUPS * mean + _INSIDE_GROUPS * (gradient - mean)
 

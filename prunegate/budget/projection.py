@@ -20,6 +20,8 @@ _TOLERANCE = 1e-5
 _ALMOST_DENSE = 0.9995  # finite logits cannot reach the dense cost itself
 _EVALUATIONS = 60
 _PIN_ROUNDS = 8
+_OVERSHOOT = 2.0
+_LEAST_STEP = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +57,14 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
     margin = _MARGIN * noise
     for width in widths:
         raised[width.slice] = width.held
+    pinned = bool(raised.any())
 
     def logits_at(shift: float) -> Tensor:
         logits = ranks - shift if mixing is None else mixing.settle(ranks - shift * mixing.tilt)
-        logits = torch.where(raised, logits.clamp(min=margin), logits)
-        return torch.where(lowered, logits.clamp(max=-margin), logits)
+        if pinned:
+            logits = torch.where(raised, logits.clamp(min=margin), logits)
+            logits = torch.where(lowered, logits.clamp(max=-margin), logits)
+        return logits
 
     def excess(shift: float) -> float:
         """Logarithm of the tightest ratio of cost to target: falls as the shift grows."""
@@ -74,17 +79,20 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
         low, high = low * mixing.reach, high * mixing.reach
     shift = min(max(start, low), high)
     for _ in range(_PIN_ROUNDS):
-        shift = _root(excess, shift, max(noise, 0.05), low, high)
+        shift = _root(excess, shift, low, high)
         if not _pin(logits_at(shift), margin, widths, raised, lowered):
             break
+        pinned = True
     return Projection(logits_at(shift), shift)
 
 
-def _root(function: Callable[[float], float], start: float, step: float, low: float, high: float) -> float:
+def _root(function: Callable[[float], float], start: float, low: float, high: float) -> float:
     """Zero of a falling function by false position with bisection; an end of [low, high] if it has none there."""
     left = right = start
     value = at_left = at_right = function(start)
     evaluations = 1
+    # Logits spread over about 1, so a cost's logarithm falls by about as much as the shift grows.
+    step = max(_OVERSHOOT * abs(value), _LEAST_STEP)
     while value > _TOLERANCE and right < high:
         left, at_left = right, at_right
         right = min(high, right + step)
