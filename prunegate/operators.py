@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from prunegate.again import carry
 from prunegate.choice import Choice
 from prunegate.errors import AttachError
 from prunegate.groups import GateMap, Group
@@ -175,30 +176,10 @@ class Conductor:
         return choice.run(index, args, kwargs)
 
 
-class _Carry(torch.autograd.Function):
-    """Its first argument, as the product with a factor that is 1: no copy, and nothing but the argument is kept."""
-
-    @staticmethod
-    def forward(value: Tensor, weight: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        value, weight = ctx.saved_tensors
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = torch.dot(gradient.reshape(-1), value.reshape(-1)).to(weight.dtype).reshape(weight.shape)
-        return gradient, of_weight
-
-
 def _carried(leaf: Any, weight: Tensor) -> Any:
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
-    return _Carry.apply(leaf, weight) if weight.requires_grad else leaf
+    return carry(leaf, weight) if weight.requires_grad else leaf
 
 
 def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:

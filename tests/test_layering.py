@@ -20,6 +20,7 @@ LAYERS = (
     "example",
     "tensors",
     "plan",
+    "again",
     "choice",
     "elastic_kernel",
     "gumbel",
