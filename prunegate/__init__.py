@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from prunegate.refitting import refit as refit
     from prunegate.slim.apply import apply_plan as apply_plan
     from prunegate.stand_alone import Gate as Gate
+    from prunegate.streaming import cut_files as cut_files
     from prunegate.transfer import transfer_optimizer as transfer_optimizer
 
 _HOME = {
@@ -65,6 +66,7 @@ _HOME = {
     "Plan": "plan",
     "refit": "refitting",
     "apply_plan": "slim.apply",
+    "cut_files": "streaming",
     "transfer_optimizer": "transfer",
 }
 

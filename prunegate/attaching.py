@@ -38,7 +38,8 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
     The model is run once, in eval mode; it is not changed. The result shares its parameters and buffers.
 
     Args:
-        model: Any ``nn.Module`` that runs on ``example_input``.
+        model: Any ``nn.Module`` that runs on ``example_input``. It may be on the meta device: then nothing is
+            allocated, and the result can be costed, masked, planned and exported, but not run.
         example_input: A tensor, a tuple of positional or a dict of keyword inputs; costs are counted at its batch size.
             For timm models it may be left out: a batch of one is made from the model's configuration.
         units: Which kinds get gates: ``"channel"`` (every kind that has no name of its own here) and ``"head"``; on
@@ -99,7 +100,8 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
     running = running_copy(model)
     gates = install(running, sites, gate_map, traced, operators)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    gates.to(device)
+    if device.type != "meta":  # gates have values, also where the model has none yet
+        gates.to(device)
     return GatedModel(
         dense=model,
         running=running,

@@ -37,6 +37,7 @@ LAYERS = (
     "labels.trace",
     "labels",
     "slim",
+    "streaming",
     "blocks",
     "polynomial",
     "flops",

@@ -287,7 +287,19 @@ def _index(algebra: Algebra, op: Op) -> None:
     source, indices = op.args[:2]
     for node in nodes_in(indices):
         algebra.freeze_node(node, "used as an index")
+    if any(_is_valueless(node) for node in nodes_in(indices)):
+        # On the meta device nobody knows which positions are taken: those along indexed dimensions stay.
+        taken = frozenset(dim for dim, index in enumerate(indices) if index is not None)
+        for plane in algebra.get(source):
+            algebra.coarsen_or_freeze(plane, varying(plane) & taken, "taken by an index without values")
+        given = [None if index is None else torch.zeros(index.shape, dtype=torch.int64) for index in indices]
+        algebra.put(op.out, [op.func(p.expand(source.shape), given) for p in algebra.get(source)])
+        return
     algebra.put(op.out, [op.func(p.expand(source.shape), _plain(list(indices))) for p in algebra.get(source)])
+
+
+def _is_valueless(node: Node) -> bool:
+    return node.value is not None and node.value.is_meta
 
 
 @rule("im2col")
