@@ -206,13 +206,15 @@ class LatencyTable:
         entry = self.operators[operator.key]
         values = np.array(entry["ms"]).reshape([len(axis) for axis in entry["sizes"]])
         for axis, size in zip(entry["sizes"], sizes, strict=True):
-            # The first axis is resolved each time; below the smallest size the line goes on, but not below 0.
+            # The first axis is resolved each time. Below the smallest size the line goes on, but not below 0, and a
+            # line that rises towards nothing is noise.
             i = min(max(int(np.searchsorted(axis, size)) - 1, 0), len(axis) - 2) if len(axis) > 1 else 0
             if len(axis) == 1:
                 values = values[0]
             else:
                 at = (size - axis[i]) / (axis[i + 1] - axis[i])
-                values = np.maximum(values[i] * (1 - at) + values[i + 1] * at, 0)
+                line = np.maximum(values[i] * (1 - at) + values[i + 1] * at, 0)
+                values = np.minimum(line, values[0]) if at < 0 else line
         return float(values)
 
     def check(self, device: torch.device) -> None:
