@@ -440,17 +440,17 @@ def ragged_winners(  # type: ignore[no-untyped-def]
 ):
     """Samples hard rows of different lengths, ROWS of them at once, in a loop over the columns of the longest."""
     first, start, length, longest = _ragged(offsets, rows, ROWS)
-    best = tl.full((ROWS, 4 * QUARTER), float("-inf"), tl.float32)
-    winner = tl.full((ROWS, 4 * QUARTER), 2147483647, tl.int32)
-    wrong = tl.zeros((ROWS, 4 * QUARTER), tl.int32)
+    best = tl.full((ROWS, 1), float("-inf"), tl.float32)
+    chosen = tl.full((ROWS, 1), 2147483647, tl.int32)
+    wrong = tl.zeros((ROWS, 1), tl.int32)
     for at in range(0, longest, 4 * QUARTER):
         column, _inside, _place, score = _ragged_scores(logits, state, first, start, length, at, QUARTER, ROWS, FAST)
-        wrong = wrong | (score != score).to(tl.int32)
-        winner = tl.where(score > best, column, winner)
-        best = tl.where(score > best, score, best)
-    top = tl.max(best, 1)[:, None]
-    bad = (tl.max(wrong, 1)[:, None] > 0) | (top == float("inf")) | (top == float("-inf"))
-    chosen = tl.min(tl.where(best == top, winner, 2147483647), 1)[:, None]
+        wrong = wrong | tl.max((score != score).to(tl.int32), 1)[:, None]
+        top = tl.max(score, 1)[:, None]
+        winner = tl.min(tl.where(score == top, column, 2147483647), 1)[:, None]
+        chosen = tl.where(top > best, winner, chosen)
+        best = tl.where(top > best, top, best)
+    bad = (wrong > 0) | (best == float("inf")) | (best == float("-inf"))
     for at in range(0, longest, 4 * QUARTER):
         column = at + tl.arange(0, 4 * QUARTER)[None, :]
         sample = tl.where(bad, float("nan"), tl.where(column == chosen, 1.0, 0.0))
@@ -476,31 +476,31 @@ def ragged_sums(  # type: ignore[no-untyped-def]
     """Relaxed rows of different lengths, or the gradient of their logits; ``work`` holds the scores meanwhile."""
     first, start, length, longest = _ragged(offsets, rows, ROWS)
     scale = 1.0 / _temperature(tau, POINTER)
-    best = tl.full((ROWS, 4 * QUARTER), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, 4 * QUARTER), tl.float32)
-    dots = tl.zeros((ROWS, 4 * QUARTER), tl.float32)
+    best = tl.full((ROWS, 1), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, 1), tl.float32)
+    dot = tl.zeros((ROWS, 1), tl.float32)
     for at in range(0, longest, 4 * QUARTER):
         _column, inside, place, score = _ragged_scores(logits, state, first, start, length, at, QUARTER, ROWS, FAST)
         tl.store(work + place, score, mask=inside)
-        # Each lane keeps a running maximum of its own; they meet after the loop.
-        higher = tl.maximum(best, score)
+        # Sums are of exponentials of the distance to the best so far.
+        higher = tl.maximum(best, tl.max(score, 1)[:, None])
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         shrink = _exp((best - anchor) * scale)
         relaxed = _exp((score - anchor) * scale)
-        total = total * shrink + relaxed
+        total = total * shrink + tl.sum(relaxed, 1)[:, None]
         if GRADIENT:
             incoming = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-            dots = dots * shrink + relaxed * incoming
+            dot = dot * shrink + tl.sum(relaxed * incoming, 1)[:, None]
         best = higher
-    top = tl.max(best, 1)[:, None]
-    weight = tl.where(best == float("-inf"), 0.0, _exp((best - top) * scale))
-    sum_ = tl.sum(total * weight, 1)[:, None]
-    dot = tl.sum(dots * weight, 1)[:, None] / sum_
+    dot = dot / total
+    share = 1.0 / total
+    # Another thread may read what this one wrote.
+    tl.debug_barrier()
     for at in range(0, longest, 4 * QUARTER):
         column = at + tl.arange(0, 4 * QUARTER)[None, :]
         inside = column < length
         score = tl.load(work + start + column, mask=inside, other=0.0)
-        sample = _exp((score - top) * scale) / sum_
+        sample = _exp((score - best) * scale) * share
         if GRADIENT:
             incoming = tl.load(gradient + start + column, mask=inside, other=0.0).to(tl.float32)
             sample = sample * scale * (incoming - dot)
