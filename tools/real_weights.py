@@ -8,6 +8,9 @@ network teaches the cut one, without labels, on crops of a few photographs; then
 twenty pictures and of photographs that training did not see. Torch-Pruning gets the same crops, steps, optimizer and
 budget, and both choose by the same kind of score: cross-entropy against what the dense network predicts.
 
+What was seen so far: 200 steps at 96 pixels on 600 crops bring nobody's network back. Cut to 0.7 or 0.5 of the FLOPs,
+either library's agrees with the dense one on 0 to 2% of the crops, so these settings compare nothing yet.
+
 Rows are appended to rows.jsonl as they end, a second call goes on where the first stopped.
 """
 
