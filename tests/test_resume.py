@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,54 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(undisturbed: Path, tmp_pat
     for name in ("summary.csv", "plan.json", "dense.safetensors", "slim.safetensors", "report.json"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not (folder / "state").exists()
+
+
+# A process of a group, with latencies that are no part of what must be equal; argv[1] says how it dies, if it does.
+RANK = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import prune, report
+report.latencies = lambda models, inputs: dict.fromkeys(models, 1.0)
+if sys.argv[1] != "lives":
+    check, seen = prune.check_labels, []
+    def checked(*given):
+        seen.append(1)
+        if len(seen) == 7 and os.environ["RANK"] == "1":
+            if sys.argv[1] == "fails":
+                raise RuntimeError("the disk of rank 1 is gone")
+            os.kill(os.getpid(), signal.SIGKILL)
+        check(*given)
+    prune.check_labels = checked
+prune.record(prune.main)(sys.argv[3:])
+"""
+
+
+def torchrun(script: Path, how: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(script), how, str(Path(prune.__file__).parent), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_was_killed(tmp_path: Path) -> None:
+    script, whole, killed = tmp_path / "rank.py", tmp_path / "whole", tmp_path / "killed"
+    done = torchrun(script, "lives", *flags(whole))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torchrun(script, "dies", *flags(killed)).returncode != 0
+    assert list((killed / "state").glob("*.safetensors"))
+    again = torchrun(script, "lives", "--resume", str(killed))
+    assert again.returncode == 0, again.stderr[-3000:]
+    for name in ("summary.csv", "plan.json", "dense.safetensors", "slim.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_stops_the_run_with_its_error(tmp_path: Path) -> None:
+    failed = torchrun(tmp_path / "rank.py", "fails", *flags(tmp_path / "failed"))
+    assert failed.returncode != 0
+    assert "the disk of rank 1 is gone" in failed.stderr
 
 
 def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

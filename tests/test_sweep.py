@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +81,18 @@ def test_ray_is_asked_for_by_name_where_it_is_missing(folder: Path, monkeypatch:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="needs Ray"):
         sweep.main(["--engine", "ray", "--output", str(folder)])
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is an optional extra")
+    serial = run(folder)
+    for name in ("sweep.py", "state.py"):
+        (tmp_path / name).write_text(Path(sweep.__file__).with_name(name).read_text())
+    (tmp_path / "prune.py").write_text(RECIPE)
+    command = [sys.executable, str(tmp_path / "sweep.py"), "--engine", "ray", "--flops", "0.3", "0.5", "--seeds", "0",
+               "1", "--output", str(tmp_path / "ray"), "--", "--model", "resnet18"]  # fmt: skip
+    environment = {**os.environ, "RAY_DISABLE_DASHBOARD": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=600)
+    with (tmp_path / "ray" / "results.csv").open() as file:
+        assert list(csv.DictReader(file)) == serial
