@@ -135,7 +135,7 @@ class _Flow:
             for value in self.reads[-1]:
                 self.readers[value].append(index)
             results = list({node.uid: node for node in nodes_in(op.out)}.values())
-            if op.func._schema.is_mutable:  # type: ignore[attr-defined]
+            if op.func._schema.is_mutable:
                 for node in [each for each in operands if any(each is out for out in results)]:
                     for other in self._family.get((node.base or node).uid, ()):
                         if other is not node and other is not (node.base or node):
@@ -181,7 +181,7 @@ class _Flow:
     def is_changed(self, value: int) -> bool:
         """Whether an operation writes into a tensor that has this value."""
         return any(
-            self.ops[reader].func._schema.is_mutable and self.ops[reader].args  # type: ignore[attr-defined]
+            self.ops[reader].func._schema.is_mutable and self.ops[reader].args
             for reader in self.readers[value]
             if reader != _UNUSED
         )

@@ -55,7 +55,7 @@ class Operator:
 
     def writes(self) -> bool:
         """Whether it changes one of its arguments."""
-        return bool(self.op.func._schema.is_mutable)  # type: ignore[attr-defined]
+        return self.op.func._schema.is_mutable
 
     def arguments(self, sizes: Sequence[int], pool: Pool, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
         """Arguments for a call at other sizes of the changing dimensions, in the memory layout that the model has."""
@@ -128,7 +128,7 @@ def find_operators(gated: GatedModel) -> list[Operator]:
         if any(index == ALL for _, index in op.path):
             continue  # adds up what operators give; only the trace runs several
         nodes = list(nodes_in((op.args, op.kwargs)))
-        if not nodes or op.func.is_view or op.name in _FREE:  # type: ignore[attr-defined]
+        if not nodes or op.func.is_view or op.name in _FREE:
             continue
         operator = _operator(gated, op, nodes)
         operator.there = paths.of(op.path)

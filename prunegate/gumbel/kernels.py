@@ -18,7 +18,7 @@ _ROUNDS = tl.constexpr(philox.ROUNDS)
 
 
 @triton.jit
-def _log(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _log(x, FAST: tl.constexpr):
     """Natural logarithm of positive normal numbers: absolute error 1e-7 near 1, two ulp elsewhere."""
     if FAST:
         binary = tl.inline_asm_elementwise(
@@ -30,18 +30,18 @@ def _log(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x):
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
-def _near(word):  # type: ignore[no-untyped-def]
+def _near(word):
     """The low 31 bits of random words as numbers in (0, 0.5]."""
     return ((word & 0x7FFFFFFF).to(tl.int32).to(tl.float32) + 0.5) * 2.3283064365386963e-10
 
 
 @triton.jit
-def _minus_gumbel(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _minus_gumbel(word, FAST: tl.constexpr):
     """Minus the Gumbel noise of random words."""
     near = _near(word)
     upper = (word >> 31) != 0
@@ -52,7 +52,7 @@ def _minus_gumbel(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _logistic(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _logistic(word, FAST: tl.constexpr):
     """Logistic noise of random words; the top bit is its sign."""
     near = _near(word)
     size = _log((1.0 - near) / near, FAST)
@@ -60,7 +60,7 @@ def _logistic(word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _words(state, counter, row, draw):  # type: ignore[no-untyped-def]
+def _words(state, counter, row, draw):
     """Four random words of each counter, in two dimensions more, two wide each."""
     zero = tl.zeros_like(counter)
     step = zero + tl.load(state + 1).to(tl.int32)
@@ -69,13 +69,13 @@ def _words(state, counter, row, draw):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _line_of_words(state, row, first, draw, QUARTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _line_of_words(state, row, first, draw, QUARTER: tl.constexpr):
     """Random words of 4 * QUARTER columns of one row; ``first`` counts the columns before them by fours."""
     return tl.reshape(_words(state, first + tl.arange(0, QUARTER), row, draw), (4 * QUARTER,))
 
 
 @triton.jit
-def _tile_of_words(state, row, first, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_of_words(state, row, first, draw, QUARTER: tl.constexpr, ROWS: tl.constexpr):
     """Random words of 4 * QUARTER columns of ROWS rows; ``first`` counts the columns before them by fours."""
     counter = tl.zeros((ROWS, QUARTER), tl.int32) + (first + tl.arange(0, QUARTER))[None, :]
     rows = (row + tl.arange(0, ROWS))[:, None]
@@ -83,7 +83,7 @@ def _tile_of_words(state, row, first, draw, QUARTER: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def _tile(rows, columns, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(rows, columns, QUARTER: tl.constexpr, ROWS: tl.constexpr):
     """This program's first row; the columns; which places are inside the matrix; and where they are in memory."""
     row = tl.program_id(0) * ROWS
     column = tl.arange(0, 4 * QUARTER)[None, :]
@@ -92,12 +92,12 @@ def _tile(rows, columns, QUARTER: tl.constexpr, ROWS: tl.constexpr):  # type: ig
 
 
 @triton.jit
-def _temperature(tau, POINTER: tl.constexpr):  # type: ignore[no-untyped-def]
+def _temperature(tau, POINTER: tl.constexpr):
     return tl.load(tau).to(tl.float32) if POINTER else tau
 
 
 @triton.jit
-def gates_forward(  # type: ignore[no-untyped-def]
+def gates_forward(
     logits,
     out,
     state,
@@ -121,7 +121,7 @@ def gates_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _conditional_gate(logit, is_open, word, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _conditional_gate(logit, is_open, word, FAST: tl.constexpr):
     """How far from 0 a gate's score is, drawn again given its side of 0."""
     near = _near(word)
     upper = (word >> 31) != 0
@@ -133,7 +133,7 @@ def _conditional_gate(logit, is_open, word, FAST: tl.constexpr):  # type: ignore
 
 
 @triton.jit
-def gates_backward(  # type: ignore[no-untyped-def]
+def gates_backward(
     gradient,
     logits,
     out,
@@ -174,7 +174,7 @@ def gates_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def tile_forward(  # type: ignore[no-untyped-def]
+def tile_forward(
     logits,
     out,
     state,
@@ -206,19 +206,19 @@ def tile_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _softmax(score):  # type: ignore[no-untyped-def]
+def _softmax(score):
     relaxed = _exp(score - tl.max(score, 1)[:, None])
     return relaxed / tl.sum(relaxed, 1)[:, None]
 
 
 @triton.jit
-def _through(soft, incoming):  # type: ignore[no-untyped-def]
+def _through(soft, incoming):
     """A gradient through a softmax whose value is ``soft``."""
     return soft * (incoming - tl.sum(soft * incoming, 1)[:, None])
 
 
 @triton.jit
-def tile_backward(  # type: ignore[no-untyped-def]
+def tile_backward(
     gradient,
     logits,
     out,
@@ -270,7 +270,7 @@ def tile_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _part(logits, state, columns, QUARTER: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _part(logits, state, columns, QUARTER: tl.constexpr, FAST: tl.constexpr):
     """One part of a long row: its columns, which of them there are, where they lie, and their perturbed logits."""
     column = tl.program_id(1) * (4 * QUARTER) + tl.arange(0, 4 * QUARTER)
     inside = column < columns
@@ -281,12 +281,12 @@ def _part(logits, state, columns, QUARTER: tl.constexpr, FAST: tl.constexpr):  #
 
 
 @triton.jit
-def _index_of_part(part):  # type: ignore[no-untyped-def]
+def _index_of_part(part):
     return tl.program_id(0) * tl.num_programs(1) + part
 
 
 @triton.jit
-def part_winners(  # type: ignore[no-untyped-def]
+def part_winners(
     logits,
     out,
     parts,
@@ -307,7 +307,7 @@ def part_winners(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def row_choice(  # type: ignore[no-untyped-def]
+def row_choice(
     out,
     parts,
     winners,
@@ -334,7 +334,7 @@ def row_choice(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def part_sums(  # type: ignore[no-untyped-def]
+def part_sums(
     gradient,
     logits,
     work,
@@ -368,7 +368,7 @@ def part_sums(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def part_finish(  # type: ignore[no-untyped-def]
+def part_finish(
     gradient,
     work,
     out,
@@ -404,7 +404,7 @@ def part_finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ragged(offsets, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _ragged(offsets, rows, ROWS: tl.constexpr):
     """This program's rows: the first one's number, where each begins, how long each is, and the longest of them."""
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
@@ -415,7 +415,7 @@ def _ragged(offsets, rows, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _ragged_scores(  # type: ignore[no-untyped-def]
+def _ragged_scores(
     logits, state, first, start, length, at, QUARTER: tl.constexpr, ROWS: tl.constexpr, FAST: tl.constexpr
 ):
     """Perturbed logits of the rows' columns from ``at`` on, and where they lie; -inf beyond a row's end."""
@@ -428,7 +428,7 @@ def _ragged_scores(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ragged_winners(  # type: ignore[no-untyped-def]
+def ragged_winners(
     logits,
     out,
     offsets,
@@ -458,7 +458,7 @@ def ragged_winners(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ragged_sums(  # type: ignore[no-untyped-def]
+def ragged_sums(
     gradient,
     logits,
     work,

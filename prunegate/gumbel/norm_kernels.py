@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_forward(  # type: ignore[no-untyped-def]
+def norm_forward(
     x,
     keep,
     weight,
@@ -44,7 +44,7 @@ def norm_forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def norm_backward(  # type: ignore[no-untyped-def]
+def norm_backward(
     gradient,
     x,
     keep,

@@ -97,10 +97,9 @@ class _Uses:
 
 
 def _changed_by(op: Op) -> Iterator[Node]:
-    if not op.func._schema.is_mutable:  # type: ignore[attr-defined]
+    if not op.func._schema.is_mutable:
         return
-    arguments: Any = op.func._schema.arguments  # type: ignore[attr-defined]
-    for argument, value in zip(arguments, op.args, strict=False):
+    for argument, value in zip(op.func._schema.arguments, op.args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from nodes_in(value)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
 __all__ = ["Call", "FrameRecord", "Node", "Op", "capture_frame", "nodes_in"]
@@ -152,7 +153,7 @@ class Op:
         path: The operators of choices that it is part of (see ``paths.py``).
     """
 
-    func: Callable[..., Any]
+    func: OpOverload
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -39,14 +39,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_for(op: Op) -> Rule:
     """The rule that serves ``op``: its own, else the one for its kind, else the one that freezes."""
-    if op.func.namespace != "aten":  # type: ignore[attr-defined]
+    if op.func.namespace != "aten":
         return unknown
     own = _RULES.get(op.name)
     if own is not None:
         return own
-    if torch.Tag.pointwise in op.func.tags or op.name in _POINTWISE:  # type: ignore[attr-defined]
+    if torch.Tag.pointwise in op.func.tags or op.name in _POINTWISE:
         return pointwise
-    if op.func.is_view or op.name in _MOVEMENT:  # type: ignore[attr-defined]
+    if op.func.is_view or op.name in _MOVEMENT:
         return movement
     return unknown
 
