@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunegate.builders import Limits, build, describe, names_in
 from prunegate.errors import AttachError, CheckpointError, PlanError
 from prunegate.example import describe_example
+from prunegate.files import put_tensors
 from prunegate.plan import Plan
 from prunegate.slim.apply import apply_plan, plan_of
 from prunegate.slim.slicing import check_tensors
@@ -85,7 +85,11 @@ def save(model: nn.Module, path: str | os.PathLike[str], builder: Callable[..., 
     )
     data = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document["digest"] = _digest(document, data)
-    _write(Path(path), data, json.dumps(document, separators=(",", ":"), allow_nan=False))
+    text = json.dumps(document, separators=(",", ":"), allow_nan=False)
+    try:
+        put_tensors(Path(path), data, {_KEY: text})
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def load(path: str | os.PathLike[str], allow: Collection[str] = ()) -> nn.Module:
@@ -260,26 +264,6 @@ def _digest(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write(path: Path, tensors: dict[str, Tensor], text: str) -> None:
-    """Puts the file in its place in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.touch()
-        mode = beside.stat().st_mode  # what the user's umask gives; safetensors makes files that only their owner reads
-        save_file(tensors, beside, {_KEY: text})
-        beside.chmod(mode)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 # ---------------------------------------------------------------------- what is loaded

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from prunegate.blocks import Block, removal_of
 from prunegate.errors import ExportError, PlanError
-from prunegate.example import describe_example
 from prunegate.groups import GateMap, Group, add_blocks
 from prunegate.labels.paths import is_active, paths_of_modules
 from prunegate.labels.record import Node
@@ -23,7 +21,6 @@ from prunegate.plan import Chosen, Plan
 from prunegate.slim.choices import with_choices
 from prunegate.slim.derive import derive_plan
 from prunegate.tensors import attributes_kept, fit_inputs, set_attributes_back
-from prunegate.valueless import runs
 
 __all__ = ["derive", "removable_blocks"]
 
@@ -74,9 +71,6 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
     plan = derive_plan(
         trace.model, removal.calls, kept, tensors, run, inputs, choices, removal.replaced, removal.edits
     )
-    described = describe_example(example_input)
-    if described is not None and runs(trace.model, described):
-        plan = replace(plan, example=described)
     return with_choices(trace.model, plan)
 
 

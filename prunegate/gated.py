@@ -6,6 +6,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunegate.cost import Cost
 from prunegate.derive import derive
 from prunegate.errors import AttachError, ExportError, MaskError
+from prunegate.example import describe_example
 from prunegate.gates import Gates
 from prunegate.groups import Frozen, GateMap, Group, find_frozen
 from prunegate.labels.trace import Trace, call_model
@@ -23,6 +25,7 @@ from prunegate.plan import Plan
 from prunegate.slim.apply import cut_along
 from prunegate.slim.replay import UnrepairableError
 from prunegate.tensors import fit_inputs, set_attributes_back
+from prunegate.valueless import runs
 
 __all__ = ["GatedModel"]
 
@@ -240,7 +243,7 @@ class GatedModel(nn.Module):
         mask = self._check_mask(self.mask)
         while True:
             try:
-                return derive(self.trace, self.gate_map, mask, self.example_input)
+                return replace(derive(self.trace, self.gate_map, mask, self.example_input), example=self._described)
             except UnrepairableError as error:
                 kept = self._kept_for(error, mask)
                 warnings.warn(
@@ -250,6 +253,12 @@ class GatedModel(nn.Module):
                 )
                 mask = kept
                 self.mask = mask
+
+    @functools.cached_property
+    def _described(self) -> Any:
+        """The example input as data, where the model runs on it for shapes alone."""
+        described = describe_example(self.example_input)
+        return described if described is not None and runs(self.trace.model, described) else None
 
     def _kept_for(self, error: UnrepairableError, mask: Tensor) -> Tensor:
         """The mask with every unit open that changes a size at a call that cannot follow."""

@@ -11,17 +11,15 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunegate.errors import CheckpointError
+from prunegate.files import put_tensors, put_text
 from prunegate.plan import Plan
 from prunegate.slim.slicing import check_tensors
 
@@ -68,11 +66,12 @@ def cut_files(model: nn.Module, plan: Plan, sources: str | os.PathLike[str] | Se
         destination.mkdir(parents=True, exist_ok=True)
         names = [f"model-{at + 1:05d}-of-{len(shards):05d}.safetensors" for at in range(len(shards))]
         for name, shard in zip(names, shards, strict=True):
-            _put(destination / name, {each: _read(files[each], each, plan) for each in shard})
+            cut = {each: _read(files[each], each, plan).contiguous() for each in shard}
+            put_tensors(destination / name, cut, {"format": "pt"})
         where = {each: name for name, shard in zip(names, shards, strict=True) for each in shard}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        _put(destination / "plan.json", plan.to_json())
-        _put(destination / _INDEX, json.dumps(index, indent=1))
+        put_text(destination / "plan.json", plan.to_json())
+        put_text(destination / _INDEX, json.dumps(index, indent=1))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"the weights cannot be cut into {destination}: {error}") from error
     return [destination / name for name in names]
@@ -182,22 +181,3 @@ def _runs(positions: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
     for begin, end in pairwise(breaks):
         for start in range(positions[begin], positions[begin] + end - begin, longest):
             yield start, min(start + longest, positions[begin] + end - begin)
-
-
-def _put(path: Path, content: dict[str, Tensor] | str) -> None:
-    """Puts a file in its place in one step."""
-    beside: Any = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if isinstance(content, str):
-            beside.write_text(content)
-        else:
-            beside.touch()
-            mode = beside.stat().st_mode  # safetensors makes files that only their owner reads
-            save_file({name: tensor.contiguous() for name, tensor in content.items()}, beside, {"format": "pt"})
-            beside.chmod(mode)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink()

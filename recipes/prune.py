@@ -29,7 +29,7 @@ from plots import plot_curves, plot_kept
 from progress import RunLog
 from report import measure, table, write_report
 from safetensors.torch import load_model, save_model
-from state import Interrupt, Keeper, capture_random, isolated, restore_random, restoring, write_text
+from state import Interrupt, Keeper, capture_random, isolated, restore_random, restoring
 from tasks import create_task, create_teacher
 from timm import create_model
 from timm.data import Mixup, resolve_data_config
@@ -50,6 +50,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import prunegate
+from prunegate.files import put_text
 
 PHASES = ("dense", "search", "finetune")
 
@@ -176,7 +177,7 @@ def prune(args: argparse.Namespace, interrupt: Interrupt) -> tuple[Path, nn.Modu
     tested = evaluate(models, test_loader, args, device)
     if primary:
         prunegate.save(slim, folder / "slim.safetensors")
-        write_text(plan.to_json(), folder / "plan.json")
+        put_text(folder / "plan.json", plan.to_json())
         plot_kept([group.name for group in gated.groups], [group.size for group in gated.groups], kept,
                   folder / "kept.png")  # fmt: skip
         plot_curves(log.rows, folder / "curves.png")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,13 +20,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunegate import CheckpointError
+from prunegate.files import put_tensors
 
 __all__ = ["Interrupt", "Keeper", "capture_random", "isolated", "read_state", "restore_random", "restoring",
-           "write_state", "write_text"]  # fmt: skip
+           "write_state"]  # fmt: skip
 
 FORMAT = 1
 """Version of the file's layout."""
@@ -49,18 +48,7 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
     document: dict[str, Any] = {"format": FORMAT, "state": _encode(state, tensors)}
     document["digest"] = _digest(document, tensors)
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            save_file(tensors, beside, {_KEY: text})
-        except SafetensorError as error:  # how a full disk looks from there
-            raise OSError(str(error)) from error
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    finally:
-        with suppress(OSError):
-            beside.unlink()
+    put_tensors(path, tensors, {_KEY: text})
 
 
 def read_state(path: Path) -> Any:
@@ -91,26 +79,6 @@ def read_state(path: Path) -> Any:
         return _decode(document["state"], tensors)
     except (ValueError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path}: its JSON is not a training state ({error}); it was altered") from error
-
-
-def write_text(text: str, path: Path) -> None:
-    """Puts a text in place in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text)
-        _sync(beside)
-        beside.replace(path)
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from state import write_text
+from prunegate.files import put_text
 
 __all__ = ["COLUMNS", "main", "trial"]
 
@@ -89,7 +89,7 @@ def trial(point: dict[str, Any], folder: Path, recipe: Sequence[str]) -> dict[st
     error = own / "error.txt"
     if code:
         last = [line for line in (own / "log.txt").read_text(errors="replace").splitlines() if line.strip()][-1:]
-        write_text(f"exit status {code}: {last[0] if last else 'no output'}\n", error)
+        put_text(error, f"exit status {code}: {last[0] if last else 'no output'}\n")
     else:
         error.unlink(missing_ok=True)
     return _row(folder, point)

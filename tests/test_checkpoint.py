@@ -249,7 +249,7 @@ def test_a_failed_save_leaves_the_old_file(file: Path, vit: nn.Module, monkeypat
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("prunegate.checkpoint.save_file", half)
+    monkeypatch.setattr("prunegate.files.save_file", half)
     with pytest.raises(CheckpointError, match="disk full"):
         prunegate.save(vit, file)
     assert file.read_bytes() == before

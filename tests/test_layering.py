@@ -17,6 +17,7 @@ ROOT = Path(prunegate.__file__).parent
 # is named on its own. Modules of one line do not know one another, except inside one folder.
 LAYERS = (
     "errors",
+    "files",
     "example",
     "tensors",
     "plan",

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import prunegate
-from prunegate import CheckpointError
+from prunegate import CheckpointError, files
 
 FLAGS = ["--dataset", "digits", "--in-chans", "1", "--img-size", "16", "--mean", "0.5", "--std", "0.5", "--workers",
          "0", "--crop-pct", "1", "--model", "resnet10t", "--model-kwargs", "stem_width=8", "channels=(8,16,16,32)",
@@ -65,7 +65,7 @@ def in_the_middle_of_an_epoch() -> None:
 
 
 def while_a_state_is_written() -> None:
-    write, seen = state.save_file, []
+    write, seen = files.save_file, []
 
     def half(tensors: Any, path: Path, metadata: Any) -> None:
         write(tensors, path, metadata)
@@ -74,7 +74,7 @@ def while_a_state_is_written() -> None:
             os.truncate(path, os.path.getsize(path) // 2)
             _die()
 
-    state.save_file = half
+    files.save_file = half
 
 
 def during_export() -> None:
@@ -182,7 +182,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
 def test_a_full_disk_costs_no_state_and_stops_no_training(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, write, seen = tmp_path / "full", state.save_file, []
+    folder, write, seen = tmp_path / "full", files.save_file, []
 
     def full(tensors: Any, path: Path, metadata: Any) -> None:
         seen.append(1)
@@ -191,7 +191,7 @@ def test_a_full_disk_costs_no_state_and_stops_no_training(
             raise OSError(errno.ENOSPC, "No space left on device")
         write(tensors, path, metadata)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     prune.main(flags(folder))
     assert capsys.readouterr().out.count("No space left on device") == 3
     assert (folder / "slim.safetensors").read_bytes() == (undisturbed / "slim.safetensors").read_bytes()
@@ -200,7 +200,7 @@ def test_a_full_disk_costs_no_state_and_stops_no_training(
 def test_the_last_good_state_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = state.Keeper(tmp_path, keep=1)
     assert keeper.save({"model": {"a": torch.ones(3)}}, "1") is None
-    monkeypatch.setattr(state, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(files, "save_file", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     assert "full" in (keeper.save({"model": {"a": torch.zeros(3)}}, "2") or "")
     assert [path.name for path in tmp_path.iterdir()] == ["1.safetensors"]
     assert keeper.latest()["model"]["a"].tolist() == [1, 1, 1]

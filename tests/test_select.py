@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -14,22 +13,7 @@ from torch import Tensor
 from prunegate.errors import BudgetError
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 from prunegate.select import Limit, Width, least_cost, select
-
-
-def network(seed: int, n_groups: int = 50, low: int = 64, high: int = 1000,
-            n_terms: int = 160) -> tuple[Polynomial, Polynomial, list[slice]]:  # fmt: skip
-    """FLOPs and parameters of a made-up network whose layers share their inputs and outputs at random."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(low, high, (n_groups,), generator=generator)
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-    slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]
-    groups = [torch.arange(s.start, s.stop) for s in slices]
-    flops, params = PolynomialBuilder(int(starts[-1])), PolynomialBuilder(int(starts[-1]))
-    for i in range(n_terms):
-        pair = [groups[i % n_groups], groups[(i * 7 + i // n_groups) % n_groups]]
-        flops.add(int(torch.randint(1, 3000, (1,), generator=generator)), pair)
-        params.add(9, pair)
-    return flops.build(), params.build(), slices
+from tools.bench_budget import made_up
 
 
 def random_scores(n: int, seed: int) -> Tensor:
@@ -68,7 +52,7 @@ def least_added(cost: Polynomial, mask: Tensor, slices: list[slice], multiple: i
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("multiple", [1, 2])
 def test_small_instances_come_close_to_the_best_of_all_choices(seed: int, multiple: int) -> None:
-    cost, _, slices = network(seed, n_groups=4, low=4, high=9, n_terms=8)
+    cost, _, slices = made_up(seed=seed, n_groups=4, low=4, high=9, n_terms=8)
     scores = random_scores(cost.n_gates, seed)
     most = cost.dense // 2
     best = 0.0
@@ -101,7 +85,7 @@ def test_units_of_one_group_that_cost_differently() -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_the_choice_beats_bisection_on_the_threshold(seed: int) -> None:
-    cost, _, slices = network(seed, n_groups=20, low=16, high=200, n_terms=60)
+    cost, _, slices = made_up(seed=seed, n_groups=20, low=16, high=200, n_terms=60)
     scores = random_scores(cost.n_gates, seed)
     most = int(cost.dense * (0.15 + 0.07 * seed))
     baseline = by_threshold(scores, cost, slices, most)
@@ -116,7 +100,7 @@ def test_the_choice_beats_bisection_on_the_threshold(seed: int) -> None:
 @pytest.mark.parametrize("multiple", [1, 8])
 @pytest.mark.parametrize("thorough", [True, False])
 def test_the_budget_is_filled_and_never_exceeded(share: float, multiple: int, thorough: bool) -> None:
-    cost, _, slices = network(7, n_groups=20, low=16, high=200, n_terms=60)
+    cost, _, slices = made_up(seed=7, n_groups=20, low=16, high=200, n_terms=60)
     scores = random_scores(cost.n_gates, 1)
     most = int(cost.dense * share)
     widths = [Width(s, 1, 10**6, multiple) for s in slices]
@@ -129,7 +113,7 @@ def test_the_budget_is_filled_and_never_exceeded(share: float, multiple: int, th
 
 
 def test_two_budgets_hold_together_and_one_is_used_up() -> None:
-    flops, params, slices = network(3, n_groups=20, low=16, high=200, n_terms=60)
+    flops, params, slices = made_up(seed=3, n_groups=20, low=16, high=200, n_terms=60)
     scores = random_scores(flops.n_gates, 2)
     limits = [Limit("flops", flops, flops.dense // 2), Limit("params", params, int(params.dense * 0.45))]
     chosen = select(scores, limits, [Width(s, 1, 10**6) for s in slices])
@@ -142,7 +126,7 @@ def test_two_budgets_hold_together_and_one_is_used_up() -> None:
 
 
 def test_the_bound_is_that_of_a_linear_program() -> None:
-    cost, _, slices = network(5, n_groups=6, low=8, high=20, n_terms=14)
+    cost, _, slices = made_up(seed=5, n_groups=6, low=8, high=20, n_terms=14)
     scores = random_scores(cost.n_gates, 5)
     most = int(cost.dense * 0.4)
     chosen = select(scores, [Limit("flops", cost, most)], [Width(s, 2, 10**6) for s in slices])
@@ -160,7 +144,7 @@ def test_the_bound_is_that_of_a_linear_program() -> None:
 
 
 def test_widths_are_kept() -> None:
-    cost, _, slices = network(2, n_groups=6, low=20, high=60, n_terms=20)
+    cost, _, slices = made_up(seed=2, n_groups=6, low=20, high=60, n_terms=20)
     scores = random_scores(cost.n_gates, 2)
     widths = [Width(slices[0], 7, 10), Width(slices[1], 5, 31, 8), Width(slices[2], 10**6, 10**6),
               *(Width(s, 1, 10**6, 64) for s in slices[3:])]  # fmt: skip
@@ -175,14 +159,14 @@ def test_widths_are_kept() -> None:
 
 
 def test_gates_of_no_group_stay() -> None:
-    cost, _, slices = network(2, n_groups=6, low=20, high=60, n_terms=20)
+    cost, _, slices = made_up(seed=2, n_groups=6, low=20, high=60, n_terms=20)
     chosen = select(torch.zeros(cost.n_gates), [Limit("flops", cost, cost.dense // 2)],
                     [Width(s, 1, 10**6) for s in slices[1:]])  # fmt: skip
     assert chosen.mask[slices[0]].all()
 
 
 def test_what_cannot_be_met_is_refused() -> None:
-    cost, _, slices = network(2, n_groups=6, low=20, high=60, n_terms=20)
+    cost, _, slices = made_up(seed=2, n_groups=6, low=20, high=60, n_terms=20)
     widths = [Width(s, 10, 10**6) for s in slices]
     least = least_cost(cost, widths)
     fits = select(torch.ones(cost.n_gates), [Limit("flops", cost, least)], widths)
@@ -194,24 +178,9 @@ def test_what_cannot_be_met_is_refused() -> None:
         Width(slices[0], 9, 15, 16).allowed()
 
 
-def test_the_size_of_resnet50_takes_under_two_seconds() -> None:
-    flops, params, slices = network(0)
-    assert flops.n_gates > 25_000
-    scores = random_scores(flops.n_gates, 0)
-    limits = [Limit("flops", flops, flops.dense // 2), Limit("params", params, params.dense // 2)]
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        select(scores, limits, [Width(s, 1, 10**6) for s in slices])
-        taken.append(time.perf_counter() - start)
-    assert min(taken) < 2
-
-
 @pytest.mark.slow
-def test_a_thousand_layers_take_under_twenty_seconds() -> None:
-    flops, _, slices = network(1, n_groups=1000, low=64, high=200, n_terms=2500)
-    start = time.perf_counter()
+def test_a_thousand_layers() -> None:
+    flops, _, slices = made_up(seed=1, n_groups=1000, low=64, high=200, n_terms=2500)
     chosen = select(random_scores(flops.n_gates, 0), [Limit("flops", flops, flops.dense // 2)],
                     [Width(s, 1, 10**6) for s in slices])  # fmt: skip
-    assert time.perf_counter() - start < 20
     assert chosen.gap < 1e-4

@@ -75,9 +75,13 @@ def of_model(name: str, rounds: int) -> list[str]:
     return cells
 
 
-def made_up(n_groups: int, low: int, high: int, n_terms: int) -> tuple[Polynomial, Polynomial, list[slice]]:
-    """FLOPs and parameters of a network of ``n_groups`` layers, and where each layer's gates stand."""
-    generator = torch.Generator().manual_seed(0)
+def made_up(n_groups: int, low: int, high: int, n_terms: int,
+            seed: int = 0) -> tuple[Polynomial, Polynomial, list[slice]]:  # fmt: skip
+    """FLOPs and parameters of a network of ``n_groups`` layers, and where each layer's gates stand.
+
+    Layers have ``low`` to ``high`` - 1 gates, and share their inputs and outputs at random in ``n_terms`` products.
+    """
+    generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(low, high, (n_groups,), generator=generator)
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
     slices = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts)]

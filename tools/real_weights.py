@@ -33,11 +33,10 @@ import timm
 import torch
 import torchvision
 from comparison.peers import Costs, torch_pruning
-from comparison.training import Recipe, optimizer_for
+from comparison.training import Recipe, divergence, optimizer_for, take_steps
 from PIL import Image
 from timm.models import load_checkpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.transforms import v2
 
 import prunegate
@@ -206,17 +205,12 @@ def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, cos
 def distil(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer,
            recipe: Recipe, steps: range, after: Callable[[], None] = lambda: None) -> None:  # fmt: skip
     """Trains towards the dense network's predictions; no label is used."""
+
+    def loss_of(images: Tensor, logits: Tensor) -> Tensor:
+        return divergence(model(images), logits)
+
     model.train()
-    for step in steps:
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(step, recipe.steps)
-        images, logits = next(batches)
-        wanted = F.log_softmax(logits, 1)
-        loss = F.kl_div(F.log_softmax(model(images), 1), wanted, reduction="batchmean", log_target=True)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        after()
+    take_steps(batches, loss_of, optimizer, recipe, steps, recipe.steps, after)
     model.eval()
 
 

@@ -45,13 +45,15 @@ class Promise:
     exact: Mapping[str, Exact]
     memory: MemoryModel | None = None
     asked: dict[str, int] = field(init=False)
+    _timed: int | None = field(init=False, default=None)  # the number of the limit on predicted time
 
     def __post_init__(self) -> None:
         """Where a polynomial does not reach as low as the cost itself, its limit is as low as it reaches."""
         self.asked = {limit.name: limit.most for limit in self.limits}
-        for i, limit in enumerate(self.limits):
+        for number, limit in enumerate(self.limits):
             if limit.name == "latency":
-                self.limits[i] = replace(limit, most=max(limit.most, least_cost(limit.cost, self.widths)))
+                self._timed = number
+                self.limits[number] = replace(limit, most=max(limit.most, least_cost(limit.cost, self.widths)))
 
     def named(self) -> list[Limit]:
         """The first limit of each name."""
@@ -74,10 +76,7 @@ class Promise:
         Raises:
             BudgetError: The budgets cannot be met together.
         """
-        for number, limit in enumerate(self.limits):
-            if limit.name == "latency":
-                return self._in_time(number, scores)
-        return self._select(scores)
+        return self._select(scores) if self._timed is None else self._in_time(self._timed, scores)
 
     def _select(self, scores: Tensor, number: int = 0, most: int | None = None) -> Selection:
         """The best choice under all polynomials, one of which may have another limit, and at every point of memory."""
@@ -99,7 +98,8 @@ class Promise:
 
     def _in_time(self, number: int, scores: Tensor) -> Selection:
         """Moves the limit of the polynomial until the predicted time itself is below the budget, and close to it."""
-        limit, asked = self.limits[number], self.asked["latency"]
+        limit = self.limits[number]
+        asked = self.asked[limit.name]
         below: tuple[int, int] | None = None  # the greatest limit whose choice kept within the budget, and its time
         above: tuple[int, int] | None = None  # the least whose choice did not
         best, most = None, limit.most

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from comparison.images import Images
 
-__all__ = ["Recipe", "accuracy", "batches_for", "optimizer_for", "train"]
+__all__ = ["Recipe", "accuracy", "batches_for", "divergence", "optimizer_for", "take_steps", "train"]
 
 _WARMUP = 0.05
 _TEACHER_SHARE = 0.7
@@ -79,24 +79,39 @@ def train(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], optimizer:
         teacher: A trained network whose predictions are learned from too.
         after: Called after every step.
     """
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        output = model(images)
+        loss = F.cross_entropy(output, labels)
+        if teacher is None:
+            return loss
+        with torch.no_grad():
+            wanted = teacher(images)
+        distance = divergence(output / _TEACHER_TEMPERATURE, wanted / _TEACHER_TEMPERATURE) * _TEACHER_TEMPERATURE**2
+        return (1 - _TEACHER_SHARE) * loss + _TEACHER_SHARE * distance
+
     model.train()
+    take_steps(batches, loss_of, optimizer, recipe, steps, total, after)
+    model.eval()
+
+
+def take_steps(batches: Iterator[tuple[Tensor, Tensor]], loss_of: Callable[[Tensor, Tensor], Tensor],
+               optimizer: torch.optim.Optimizer, recipe: Recipe, steps: range, total: int,
+               after: Callable[[], None]) -> None:  # fmt: skip
+    """Lowers a loss of batches; arguments as those of :func:`train`."""
     for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = recipe.rate(step, total)
-        images, labels = next(batches)
-        output = model(images)
-        loss = F.cross_entropy(output, labels)
-        if teacher is not None:
-            with torch.no_grad():
-                wanted = F.log_softmax(teacher(images) / _TEACHER_TEMPERATURE, 1)
-            found = F.log_softmax(output / _TEACHER_TEMPERATURE, 1)
-            distance = F.kl_div(found, wanted, reduction="batchmean", log_target=True) * _TEACHER_TEMPERATURE**2
-            loss = (1 - _TEACHER_SHARE) * loss + _TEACHER_SHARE * distance
+        loss = loss_of(*next(batches))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         after()
-    model.eval()
+
+
+def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """How far predictions are from wanted ones, both as logits ``[batch, classes]``: Kullback-Leibler, a mean."""
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(wanted, 1), reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()
