@@ -346,3 +346,43 @@ class ConditionalWeights(Tricky):
             yield {("experts", 1): tuple(range(45 * i, 45 * i + 45))} | conv_in("head", i)
         for e in range(3):
             yield conv_out("route", e) | {("experts", 0): (e,)}
+
+
+class FilterAndMatrix(Tricky):
+    """One weight filters a map and, flattened, multiplies its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 5, 1), nn.Linear(4, 2)
+        self.weight = nn.Parameter(torch.zeros(4, 5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = F.conv2d(x, self.weight).relu().mean((2, 3))
+        return self.head(y + F.linear(x.mean((2, 3)), self.weight.flatten(1)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("stem", i) | {("weight", 1): (i,)}
+        for i in range(4):
+            yield {("weight", 0): (i,)} | conv_in("head", i)
+
+
+class ChannelsOfATable(Tricky):
+    """Channels that only a buffer makes; the weight that reads them makes them worth a unit."""
+
+    input_shape = (2, 1, 6, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1, 5, 1, 1))
+        self.read, self.head = nn.Conv2d(5, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.read(x * self.table).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield {("table", 1): (i,)} | conv_in("read", i)
+        for i in range(4):
+            yield conv_out("read", i) | conv_in("head", i)
