@@ -209,12 +209,11 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
     except PlanError as error:
         raise CheckpointError(f"{target} does not build the model that was cut: {error}") from error
     built = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(skeleton)}
-    registered = _registered(model)
+    registered = _registered(model, plan)
     odd = [
         f"{name} {shapes.get(name, 'missing here')} (built: {built.get(name, 'missing')})"
         for name in dict.fromkeys((*shapes, *built))
-        # Attributes and buffers outside the state dict may be tables that a forward makes, of any size; if the skeleton
-        # has one, so must the model.
+        # Plain attributes may be tables that a forward makes, of any size; if the skeleton has one, so must the model.
         if shapes.get(name) != built.get(name) and (name in registered or (name in built and name not in shapes))
     ]
     if odd:
@@ -226,12 +225,16 @@ def _skeleton_names(model: nn.Module, entry: dict[str, Any], plan: Plan) -> dict
     return built
 
 
-def _registered(model: nn.Module) -> set[str]:
-    """Names of what a state dict holds, of tied ones all: tensors whose sizes the constructor decides."""
+def _registered(model: nn.Module, plan: Plan) -> set[str]:
+    """Names of tensors whose sizes the constructor decides: parameters and buffers, of tied ones all.
+
+    Where the plan has an example to try the model on, buffers outside the state dict are none of them: they may be
+    tables that a forward makes, of any size.
+    """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for prefix, module in model.named_modules():
-        own = module._buffers.keys() - module._non_persistent_buffers_set
-        names |= {f"{prefix}.{name}" if prefix else name for name in own}
+        free = set() if plan.example is None else module._non_persistent_buffers_set
+        names |= {f"{prefix}.{name}" if prefix else name for name in module._buffers.keys() - free}
     return names
 
 
@@ -390,7 +393,7 @@ def _assembled(document: Mapping[str, Any], plan: Plan, tensors: dict[str, Tenso
             raise CheckpointError(f"the file says that {name!r} of shape {tuple(tensor.shape)} is in channels_last")
         values[name] = tensor.clone(memory_format=torch.channels_last) if name in channels_last else tensor
     skeletons = {name: tensor.shape for name, tensor, _ in named_tensors(model)}
-    _assign(model, values, aliases, fixed)
+    _assign(model, values, aliases, fixed, _registered(model, plan))
     if plan.example is not None and any(value.shape != skeletons[name] for name, value in values.items()):
         check_runs(model, plan.example)  # with tables of the file's sizes, not of its own
     return model
@@ -411,12 +414,12 @@ def _inside(module: nn.Module) -> Iterator[Tensor]:
                 stack.append(list(item.values()))
 
 
-def _assign(model: nn.Module, values: Mapping[str, Tensor], aliases: Mapping[str, str], fixed: set[str]) -> None:
+def _assign(model: nn.Module, values: Mapping[str, Tensor], aliases: Mapping[str, str], fixed: set[str],
+            registered: set[str]) -> None:  # fmt: skip
     """Puts tensors in the places of a skeleton's."""
     made: dict[str, Tensor] = {}
     replaced: dict[int, Tensor] = {}
     left = set(values) | set(aliases)
-    registered = _registered(model)
     for prefix, store, is_parameter in tensor_stores(model):
         for key, old in store.items():
             if not isinstance(old, Tensor):

@@ -30,6 +30,19 @@ class Net(nn.Module):
         return self.out(self.head(self.act(self.norm(self.table(index))) * self.scale + self.shift))
 
 
+class Offset(nn.Module):
+    """Adds a buffer outside the state dict to its output, which no cut changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("offset", torch.zeros(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 4] to [N, 3]."""
+        return self.layers(x) + self.offset
+
+
 class Lists(nn.Module):
     """Keeps a tensor in a list, and reads a value in its constructor."""
 

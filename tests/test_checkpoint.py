@@ -25,7 +25,7 @@ import prunegate
 from prunegate import CheckpointError
 from prunegate.plan import Plan
 from prunegate.slim.apply import plan_of
-from tests.buildable import Lists, Net, endless
+from tests.buildable import Lists, Net, Offset, endless
 from tests.models import random_mask
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +177,20 @@ def test_tables_that_a_forward_makes(tmp_path: Path) -> None:
     assert slim.blocks[0].attn.rel_indices.shape[1] == 196
     prunegate.save(slim, tmp_path / "slim.safetensors")
     assert torch.equal(prunegate.load(tmp_path / "slim.safetensors").eval()(image), before)
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["dense", "cut"])
+def test_tables_of_sizes_that_do_not_fit_are_refused(tmp_path: Path, cut: bool) -> None:
+    """A cut model is tried on the example that it was attached with; of a dense one sizes are those of its builder."""
+    path, model = tmp_path / "a.safetensors", Offset()
+    if cut:
+        gated = prunegate.attach(model, torch.zeros(1, 4))
+        gated.mask = random_mask(gated, 0)
+        model = gated.export()
+    prunegate.save(model, path, builder=Offset)
+    prunegate.load(path, allow=("tests.buildable",))
+    forge(path, lambda tensors, document: tensors.update(offset=torch.zeros(2)))
+    refused(path, "does not run" if cut else "offset", allow=("tests.buildable",))
 
 
 def test_constructor_that_needs_values(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import prunegate
 from prunegate import Budget, BudgetError, GatedModel
-from prunegate.budget.latency import LatencyTable
+from prunegate.budget.latency import LatencyTable, _model_key
 from prunegate.budget.stopwatch import Pool, time_call
 from prunegate.budget.timed import find_operators
 from prunegate.groups import Group
@@ -185,6 +185,17 @@ def test_a_latency_budget_is_met() -> None:
     absolute = 0.7 * table.predict(gated)
     Budget(gated, latency_ms=absolute, latency_table=table, steps=10).finish()
     assert 0.99 * absolute < table.predict(gated, gated.mask) <= absolute
+
+
+def test_what_is_between_operators_is_a_constant_and_a_factor() -> None:
+    gated, _, measured = made("resnet18")
+    table = copy.deepcopy(measured)
+    mask, plain = random_mask(gated, 0), measured.predict(gated, random_mask(gated, 0))
+    assert not measured.overhead, "a timer of the user's own has nothing to be set off against"
+    (key,) = [_model_key(find_operators(gated))]
+    table.overhead[key] = (2.0, 1.5)
+    assert table.predict(gated, mask) == pytest.approx(2.0 + 1.5 * plain)
+    assert table.polynomial(gated).exact(mask) / 1e9 == pytest.approx(2.0 + 1.5 * plain, rel=0.03)
 
 
 def test_tables_are_files(tmp_path: Path) -> None:

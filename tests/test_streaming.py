@@ -80,6 +80,26 @@ def test_weights_cut_in_files_are_those_of_the_cut_model(tmp_path: Path, name: s
     assert torch.equal(again(x), slim(x))
 
 
+def test_tied_weights_are_written_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(x).tanh())
+
+    model, x = Tied(), torch.arange(9)
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = random_mask(gated, 0)
+    save_file({"table.weight": model.table.weight.detach()}, tmp_path / "dense.safetensors")
+    (shard,) = prunegate.cut_files(model, gated.plan(), tmp_path / "dense.safetensors", tmp_path / "slim")
+    state = load_file(shard)
+    assert list(state) == ["table.weight"]
+    assert torch.equal(state["table.weight"], gated.export().head.weight)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, plan, _ = planned("test_vit")
     sharded(model, tmp_path / "dense", 2)

@@ -133,7 +133,7 @@ def _ending(uses: _Uses, run: Any, index: int) -> Ending:
         return _OUTPUT
     given, chain = inputs[0], _Chain()
     linear = _follow(uses, output, given, chain)
-    if linear is None or uses.is_written(chain.nodes):
+    if linear is None:
         return _OUTPUT
     if not linear:
         return Ending("none")
@@ -162,7 +162,7 @@ def _follow(uses: _Uses, node: Node, given: Node, chain: _Chain) -> bool | None:
         return True
     op = uses.made.get(node.uid)
     first = next(nodes_in(op.out), None) if op is not None else None
-    if op is None or first is not node:
+    if op is None or first is not node or uses.is_written([node]):
         return None
     chain.nodes.append(node)
     if op.name == "zeros_like":

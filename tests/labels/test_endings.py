@@ -92,6 +92,15 @@ class InnerChain(nn.Module):
         return y + self.last(y)
 
 
+class ChangedInPlace(nn.Module):
+    """Linear in the input, until something is added to it in its place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.avg_pool2d(x, 3, 1, 1)
+        y.add_(1.0)
+        return y
+
+
 def conv_norm() -> nn.Module:
     return nn.Sequential(nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH))
 
@@ -113,6 +122,7 @@ OPERATORS: dict[str, tuple[Callable[[], nn.Module], str, set[str]]] = {
     "used twice": (UsedTwice, "output", set()),
     "tied": (TiedLayers, "output", set()),
     "chain": (InnerChain, "output", set()),
+    "in place": (ChangedInPlace, "output", set()),
 }  # fmt: skip
 
 
