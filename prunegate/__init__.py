@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from prunegate.oneshot import one_shot as one_shot
     from prunegate.plan import Plan as Plan
     from prunegate.refitting import refit as refit
+    from prunegate.resolution import Resolution as Resolution
     from prunegate.slim.apply import apply_plan as apply_plan
     from prunegate.stand_alone import Gate as Gate
     from prunegate.streaming import cut_files as cut_files
@@ -65,6 +66,7 @@ _HOME = {
     "one_shot": "oneshot",
     "Plan": "plan",
     "refit": "refitting",
+    "Resolution": "resolution",
     "apply_plan": "slim.apply",
     "cut_files": "streaming",
     "transfer_optimizer": "transfer",

@@ -89,13 +89,9 @@ class Choice(nn.Module):
         if len({id(each) for each in given}) != len(given):
             raise AttachError("Choice was given one module twice; an operator must be a module of its own")
         self.operators = nn.ModuleList(given)
-        self._set_names([str(at) for at in range(len(given))] if names is None else names, len(given))
-        if key is not None and (not isinstance(key, str) or not key):
-            raise AttachError(f"Choice was given key={key!r}; expected a name that choices share, or None")
-        self.key = key
-        self.chosen = 0
+        self._describe([str(at) for at in range(len(given))] if names is None else names, len(given), key)
 
-    def _set_names(self, names: Sequence[str], count: int) -> None:
+    def _describe(self, names: Sequence[str], count: int, key: str | None) -> None:
         if count < 2:
             raise AttachError(f"Choice was given {count} operator{'s' * (count != 1)}; expected two or more to choose "
                               "from (nn.Identity() is one)")  # fmt: skip
@@ -107,6 +103,10 @@ class Choice(nn.Module):
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice:
             raise AttachError(f"Choice was given the name {twice[0]!r} twice; names must tell the operators apart")
+        if key is not None and (not isinstance(key, str) or not key):
+            raise AttachError(f"Choice was given key={key!r}; expected a name that choices share, or None")
+        self.key = key
+        self.chosen = 0
 
     def __len__(self) -> int:
         """Number of operators."""

@@ -69,9 +69,7 @@ class Kernel(Choice):
         nn.Module.__init__(self)
         self.conv = conv
         self.sizes = tuple(wanted)
-        self._set_names([str(size) for size in wanted], len(wanted))
-        self.key = key
-        self.chosen = 0
+        self._describe([str(size) for size in wanted], len(wanted), key)
 
     conv: Any
 

@@ -24,6 +24,7 @@ LAYERS = (
     "again",
     "choice",
     "elastic_kernel",
+    "resolution",
     "gumbel",
     "stand_alone",
     "labels.unionfind",
