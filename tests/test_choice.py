@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,8 @@ def test_file_of_a_small_model_builds_the_large_one_it_was_chosen_from(tmp_path:
     assert [tuple(p.shape) for p in twin.parameters()] == [(2, 4), (2,)]
 
 
-def test_expected_cost_is_that_of_all_architectures_weighted_by_their_chances() -> None:
+def small_space() -> GatedModel:
+    """Five units and two choices, one inside the other, with random logits."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(2, 2, 1),
@@ -248,22 +250,54 @@ def test_expected_cost_is_that_of_all_architectures_weighted_by_their_chances() 
     )  # fmt: skip
     gated = prunegate.attach(net, torch.randn(1, 2, 4, 4))
     gated.logits.data = torch.randn(gated.logits.numel())
-    units = [g for group in gated.groups if group.kind != "choice" for g in range(group.slice.start, group.slice.stop)]
-    assert len(units) == 5
+    return gated
+
+
+def weighted_masks(gated: GatedModel) -> Iterator[tuple[Tensor, float]]:
+    """Every mask, and its chance if all gates are drawn on their own."""
     chances = gated.prunegate.probabilities().detach().double()
     choices = list(gated.gate_map.choices.values())
-    expected = {"flops": 0.0, "params": 0.0}
+    units = range(choices[0].start)
     for bits in itertools.product((False, True), repeat=len(units)):
         for picked in itertools.product(*(range(own.start, own.stop) for own in choices)):
             mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
-            mask[units] = torch.tensor(bits)
+            mask[: len(units)] = torch.tensor(bits)
             mask[list(picked)] = True
-            chance = float(torch.where(mask[units], chances[units], 1 - chances[units]).prod())
-            chance *= float(chances[list(picked)].prod())
-            expected["flops"] += chance * gated.cost.flops(mask)
-            expected["params"] += chance * gated.cost.params(mask)
-    assert gated.cost.expected_flops().item() == pytest.approx(expected["flops"], rel=1e-6)
-    assert gated.cost.expected_params().item() == pytest.approx(expected["params"], rel=1e-6)
+            chance = float(torch.where(mask, chances, 1 - chances)[: len(units)].prod())
+            yield mask, chance * float(chances[list(picked)].prod())
+
+
+def test_expected_cost_is_that_of_all_architectures_weighted_by_their_chances() -> None:
+    gated = small_space()
+    masks = list(weighted_masks(gated))
+    assert len(masks) == 2**5 * 3 * 2
+    assert sum(chance for _, chance in masks) == pytest.approx(1, rel=1e-6)
+    flops = sum(chance * gated.cost.flops(mask) for mask, chance in masks)
+    params = sum(chance * gated.cost.params(mask) for mask, chance in masks)
+    assert gated.cost.expected_flops().item() == pytest.approx(flops, rel=1e-6)
+    assert gated.cost.expected_params().item() == pytest.approx(params, rel=1e-6)
+
+
+def test_expected_latency_is_that_of_all_architectures_weighted_by_their_chances() -> None:
+    gated = small_space()
+
+    def timer(function: Any, args: Any, kwargs: Any) -> float:
+        return 1.0 + args[0].numel() / 100  # proportional to the width of what is read, which a table can hold exactly
+
+    table = prunegate.LatencyTable.measure(gated, timer)
+    cost = table.polynomial(gated)
+    masks = list(weighted_masks(gated))
+    predicted = [table.predict(gated, mask) for mask, _ in masks]
+    assert [cost.exact(mask) / 1e9 for mask, _ in masks] == pytest.approx(predicted, rel=1e-6)
+    assert len({round(each, 3) for each in predicted}) > 10
+    expected = sum(chance * each for (_, chance), each in zip(masks, predicted, strict=True))
+    found = cost.expected(gated.prunegate.probabilities())
+    assert found.item() / 1e9 == pytest.approx(expected, rel=1e-6)
+    # A budget projects this very expectation.
+    budget = prunegate.Budget(gated, latency=0.9, latency_table=table, steps=40)
+    assert budget.expected("latency") == pytest.approx(
+        sum(chance * table.predict(gated, mask) for mask, chance in weighted_masks(gated)), rel=1e-5
+    )
 
 
 def test_parameters_shared_by_operators_count_once() -> None:
