@@ -282,7 +282,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if text is None:
                 raise CheckpointError(f"{path} is a safetensors file, but not one that prunegate.save() wrote")
             document = _document(text, path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies: what the file gives lies in the mapped file itself, at any address and at the mercy of whoever
+            # writes the file next; kernels may add in another order where memory is not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it was truncated or altered, or is of another kind"

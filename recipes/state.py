@@ -64,7 +64,8 @@ def read_state(path: Path) -> Any:
             text = (file.metadata() or {}).get(_KEY)
             if text is None:
                 raise CheckpointError(f"{path} is a safetensors file, but not the state of a training run")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            # Copies, as what the file gives lies in the mapped file itself, at addresses that are not aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file ({error}); it was truncated or altered, or is "
                               "of another kind") from error  # fmt: skip
