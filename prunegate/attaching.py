@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection
+import gc
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from prunegate.labels.trace import trace
 from prunegate.operators import PATHS, OperatorSampler, add_choices
 from prunegate.sites import find_sites, with_blocks
 from prunegate.slim.locate import locate
+from prunegate.tensors import modules_of
 
 __all__ = ["attach"]
 
@@ -31,6 +34,23 @@ _UNITS = ("channel", "head")
 _KINDS = (*_UNITS, "head_dim", "block")
 
 
+@contextmanager
+def _collection_paused() -> Iterator[None]:
+    """No collection of cyclic garbage inside, as it was outside.
+
+    A trace makes some ten objects for every tensor, nearly all of which live until it ends: collections on the way find
+    nothing and, in a process that holds a million objects, take longer than the trace.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collection_paused()
 def attach(model: nn.Module, example_input: Any = None, units: Collection[str] = _UNITS,
            ignore: Collection[str] = (), paths: str = "single", top_k: int = 2) -> GatedModel:  # fmt: skip
     """Puts a learnable gate on every removable unit of a model.
@@ -117,14 +137,15 @@ def attach(model: nn.Module, example_input: Any = None, units: Collection[str] =
 def _check(model: nn.Module, units: Collection[str], paths: str, top_k: int) -> None:
     if not isinstance(model, nn.Module):
         raise AttachError(f"a {type(model).__name__} was given; expected a torch.nn.Module")
-    if any(isinstance(module, GatedModel) for module in model.modules()):
+    modules = [module for _, module in modules_of(model)]
+    if any(isinstance(module, GatedModel) for module in modules):
         raise AttachError("the model is gated already; export() it first, or attach to the original model")
     unknown = [unit for unit in units if unit not in _KINDS]
     if paths not in PATHS:
         raise AttachError(f"paths={paths!r} was given; expected one of {PATHS}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 2:
         raise AttachError(f"top_k={top_k!r} was given; expected how many operators run at once, 2 or more")
-    chooses = any(isinstance(module, Choice) for module in model.modules())
+    chooses = any(isinstance(module, Choice) for module in modules)
     if isinstance(units, str) or unknown or not (units or chooses):
         raise AttachError(f"units={units!r} was given; expected one or more of {_KINDS}, in a tuple")
 
@@ -133,6 +154,8 @@ def _matcher(model: nn.Module, patterns: Collection[str]) -> Any:
     """Says of a parameter's name whether a pattern matches it, its module, or a module around it."""
     if isinstance(patterns, str):
         patterns = (patterns,)
+    if not patterns:
+        return lambda name: False
     names = [name for name, _ in model.named_parameters()] + [name for name, _ in model.named_modules()]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):

@@ -161,7 +161,7 @@ def make_groups(trace: Trace, consumed: Collection[tuple[str, int]]) -> tuple[tu
         planes.setdefault(id(plane), (len(planes), plane))
     for name, node in trace.tensors.items():
         for plane in node.planes:
-            entries.append((name, next(iter(varying(plane))), planes[id(plane)][0]))
+            entries.append((name, plane.shape.index(plane.numel()), planes[id(plane)][0]))
     own = [plane.flatten().numpy() for _, plane in planes.values()]
     sizes = [len(labels) for labels in own]
     positions = roots[np.concatenate(own)] if own else roots[:0]

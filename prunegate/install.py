@@ -27,7 +27,7 @@ from prunegate.plan import CallSite
 from prunegate.sites import OperandSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
 from prunegate.slim.locate import locate
-from prunegate.tensors import named_tensors
+from prunegate.tensors import modules_of
 
 __all__ = ["install", "running_copy"]
 
@@ -38,30 +38,39 @@ def running_copy(model: nn.Module) -> nn.Module:
     Modules are new objects, so classes and attributes can change; the dictionaries of parameters and buffers are the
     model's own, so training, moving and loading act on both.
     """
-    memo: dict[int, Any] = {id(tensor): tensor for _, tensor, _ in named_tensors(model)}
-    modules = list(model.modules())
+    modules = [module for _, module in modules_of(model)]
+    memo: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in modules}
     for module in modules:
-        memo[id(module)] = type(module).__new__(type(module))
         for store in (module._parameters, module._buffers):
             memo[id(store)] = store
+            memo.update({id(tensor): tensor for tensor in store.values() if tensor is not None})
     # As copy.deepcopy would, but a module's dozens of plain values and empty dictionaries of hooks are not worth a
     # recursive call each: they would take most of the time.
+    left: list[tuple[nn.Module, str, Any]] = []
     for module in modules:
-        memo[id(module)].__dict__.update({key: _copied(value, memo) for key, value in module.__dict__.items()})
+        attributes = dict(module.__dict__)
+        for key, value in attributes.items():
+            kind = type(value)
+            if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
+                continue
+            if kind in _CONTAINERS and not value:
+                attributes[key] = memo[id(value)] if id(value) in memo else kind()
+            elif key == "_modules":
+                attributes[key] = kind((name, memo.get(id(child))) for name, child in value.items())
+            elif isinstance(value, Tensor):
+                memo[id(value)] = value
+            elif id(value) not in memo or kind not in _DICTIONARIES:
+                left.append((memo[id(module)], key, value))
+        memo[id(module)].__dict__.update(attributes)
+    for copied, key, value in left:  # now that everything they may refer to is known
+        copied.__dict__[key] = copy.deepcopy(value, memo)
     running: nn.Module = memo[id(model)]
     return running
 
 
 _PLAIN = frozenset([bool, int, float, str, type(None), torch.Size, torch.dtype, torch.device])
-
-
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    kind = type(value)
-    if kind in _PLAIN or (kind is tuple and all(type(item) in _PLAIN for item in value)):
-        return value
-    if kind in (dict, OrderedDict) and not value:
-        return memo[id(value)] if id(value) in memo else kind()
-    return copy.deepcopy(value, memo)
+_DICTIONARIES = frozenset([dict, OrderedDict])
+_CONTAINERS = _DICTIONARIES | {set}
 
 
 def install(running: nn.Module, sites: Sites, gate_map: GateMap, trace: Trace,

@@ -113,6 +113,8 @@ def _live(trace: Trace) -> int:
 
 def _find_once(trace: Trace, locate: Locate) -> Sites:
     origins, uses = _Origins(trace), _Uses(trace)
+    consumed = [node for event in trace.algebra.consumptions for node, _ in event.operands]
+    trace.algebra.look_at([*consumed, *(node.source for node in consumed if node.source is not None)])
     parameters: dict[tuple[str, int, bool], ParameterSite] = {}
     operands: dict[Hashable, OperandSite] = {}
     statistics: dict[Hashable, StatisticSite] = {}
@@ -205,10 +207,11 @@ class _Uses:
         }
         self._ways: dict[tuple[str, ...], set[tuple[str, frozenset[int] | None]]] = {}
         for op in trace.ops:
-            results = {node.source for node in nodes_in(op.out)}
-            for node in nodes_in((op.args, op.kwargs)):
-                if node.source is None or node.source.name is None or node.source in results:
-                    continue  # not a parameter, or a rearranged one, whose own uses count
+            for node in op.inputs:
+                if node.source is None or node.source.name is None:
+                    continue  # not a parameter
+                if any(made.source is node.source for made in op.outputs):
+                    continue  # a rearranged one, whose own uses count
                 dims = consumed.get((id(op), node.uid))
                 # In two layouts of one matrix the same dimension has two numbers: the raw labels tell.
                 own = None if dims is None else frozenset(_first_labels(node, dims))

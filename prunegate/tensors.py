@@ -16,6 +16,7 @@ __all__ = [
     "call_model",
     "fit_inputs",
     "is_channels_last",
+    "modules_of",
     "named_tensors",
     "set_attributes_back",
     "tensor_caches",
@@ -31,9 +32,25 @@ def is_channels_last(tensor: Tensor) -> bool:
     return tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
 
 
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` yields; its generators of generators take many times as long on deep models."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((name, module))
+        lead = f"{name}." if name else ""
+        waiting += [(lead + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    return found
+
+
 def tensor_stores(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any], bool]]:
     """Yields (module name, mapping that holds tensors, whether they are parameters) for every module, in order."""
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         yield prefix, module._parameters, True
         yield prefix, module._buffers, False
         yield prefix, module.__dict__, False
@@ -111,7 +128,7 @@ def attributes_kept(model: nn.Module) -> Iterator[dict[tuple[str, str], Any]]:
     """
     before, contents = [], []
     changed: dict[tuple[str, str], Any] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in modules_of(model):
         before.append((prefix, module.__dict__, dict(module.__dict__)))
         before.append((prefix, module._buffers, dict(module._buffers)))
         for name, value in module.__dict__.items():

@@ -20,12 +20,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 
 import timm
 import torch
 import torch_pruning
+from resident import peak_growth
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -131,17 +131,7 @@ def _peak_growth(name: str, job: str) -> int:
     example = torch.randn(1, *model.pretrained_cfg["input_size"])
     # Code that is read from disk on first use is not the job's memory: a small model pulls it in beforehand.
     JOBS[job](timm.create_model("resnet18", num_classes=2).eval(), torch.randn(1, 3, 32, 32))
-    Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew, from here
-    before = _status("VmRSS")
-    kept = JOBS[job](model, example)
-    grown = _status("VmHWM") - before
-    del kept
-    return grown
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
+    return peak_growth(lambda: JOBS[job](model, example))
 
 
 if __name__ == "__main__":

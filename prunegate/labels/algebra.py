@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from prunegate.labels.planes import compress, pad_to, place, varying
+from prunegate.labels.planes import compress, is_line, pad_to, place, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
 
@@ -92,7 +93,7 @@ class Algebra:
         if node.known_at == self.labels.version and node.known is not None:
             return node.known
         planes = [plane for plane in map(self._canonical_of, node.planes) if plane is not None]
-        if len(planes) > 1:
+        if len(planes) > 1 and len({varying(plane) for plane in planes}) < len(planes):
             planes = self._one_per_dims(planes)
         node.known, node.known_at = planes, self.labels.version
         return planes
@@ -105,6 +106,31 @@ class Algebra:
             plane = compress(self.labels.find(raw))
             found = self._canonical[id(raw)] = raw, plane if bool(plane.any()) else None  # FROZEN is 0
         return found[1]
+
+    def look_at(self, nodes: Iterable[Node]) -> None:
+        """Finds the canonical planes of many nodes at once, for :meth:`get` to find them known.
+
+        A network has thousands of planes, most of them along one dimension: one by one they take several times as long.
+        """
+        self.labels.settle()
+        if self._canonical_at != self.labels.version:
+            self._canonical, self._canonical_at = {}, self.labels.version
+        lines = {id(plane): plane for node in nodes for plane in node.planes if is_line(plane) and plane.numel()}
+        lines = {key: plane for key, plane in lines.items() if key not in self._canonical}
+        if not lines:
+            return
+        sizes = [plane.numel() for plane in lines.values()]
+        roots = self.labels.find(torch.cat([plane.reshape(-1) for plane in lines.values()]))
+        starts = np.cumsum([0, *sizes[:-1]])
+        lowest = np.minimum.reduceat(roots.numpy(), starts).tolist()
+        highest = np.maximum.reduceat(roots.numpy(), starts).tolist()
+        for (key, raw), own, low, high in zip(lines.items(), roots.split(sizes), lowest, highest, strict=True):
+            if high == FROZEN:
+                self._canonical[key] = raw, None
+            elif low == high:
+                self._canonical[key] = raw, own[:1].view((1,) * raw.dim())
+            else:
+                self._canonical[key] = raw, own.view(raw.shape)
 
     def put(self, node: Node, planes: Iterable[Tensor]) -> None:
         """Gives ``node`` its planes."""
@@ -138,10 +164,13 @@ class Algebra:
         To join fresh ones with them comes to the same, but most positions of a network are in the classes of a few:
         statistics, scales and input channels have those of the channels they meet.
         """
-        others = [d for d, size in enumerate(node.shape) if size > 1 and d != dim]
-        planes = dict(zip(others, self.give_birth(node, others), strict=True)) if others else {}
-        planes[dim] = labels if node.ndim == 1 else place(labels, dim, node.ndim)
-        node.planes = [planes[d] for d in sorted(planes)]
+        if node.ndim == 1:
+            node.planes = [labels]
+        else:
+            others = [d for d, size in enumerate(node.shape) if size > 1 and d != dim]
+            planes = dict(zip(others, self.give_birth(node, others), strict=True)) if others else {}
+            planes[dim] = place(labels, dim, node.ndim)
+            node.planes = [planes[d] for d in sorted(planes)]
         node.adopted = True
         if node.source is node:
             self.labels.strengthen(labels)
@@ -172,7 +201,7 @@ class Algebra:
         """
         if len(node.planes) == 1:
             plane = node.planes[0]
-            if max(plane.shape, default=1) == plane.numel():
+            if is_line(plane):
                 return plane
         return None
 
@@ -357,15 +386,19 @@ class Algebra:
 
     def elementwise(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor]:
         """Planes of the result of an element-wise operation with broadcasting to ``ndim`` dimensions."""
-        alike = self._elementwise_alike(nodes, ndim, why)
+        alike = self.elementwise_alike(nodes, ndim, why)
         if alike is not None:
             return alike
         if len(nodes) == 1:
             return [pad_to(plane, ndim) for plane in self.get(nodes[0])]
         return self.align([self.operand(node, ndim) for node in nodes], why)
 
-    def _elementwise_alike(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor] | None:
-        """The common case: each operand has at most one plane, all along one dimension, and none lacks it there."""
+    def elementwise_alike(self, nodes: Sequence[Node], ndim: int, why: str) -> list[Tensor] | None:
+        """The common case: each operand has at most one plane, all along one dimension, and none lacks it there.
+
+        Returns:
+            The planes, already compressed; ``None`` where the general way must be taken.
+        """
         first: Tensor | None = None
         for node in nodes:
             if not node.planes:

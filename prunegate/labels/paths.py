@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prunegate.choice import Choice
 from prunegate.errors import AttachError
+from prunegate.tensors import modules_of
 
 __all__ = ["ALL", "ChoiceRecord", "Path", "Paths", "Run", "find_choices", "is_active", "paths_of_modules"]
 
@@ -69,7 +70,7 @@ def find_choices(model: nn.Module, ignore: Callable[[str], bool] = lambda name: 
         AttachError: Choices with one key have different names for their operators.
     """
     found: dict[str, ChoiceRecord] = {}
-    for site, module in model.named_modules():
+    for site, module in modules_of(model):
         if not isinstance(module, Choice) or ignore(site):
             continue
         name = site if module.key is None else module.key

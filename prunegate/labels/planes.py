@@ -9,12 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["compress", "pad_to", "place", "varying"]
+__all__ = ["compress", "is_line", "pad_to", "place", "varying"]
 
 
 def varying(plane: Tensor) -> frozenset[int]:
     """The dimensions along which ``plane`` has more than one position."""
     return frozenset([dim for dim, size in enumerate(plane.shape) if size > 1])
+
+
+def is_line(plane: Tensor) -> bool:
+    """Whether ``plane`` varies along one dimension at most."""
+    return max(plane.shape, default=1) == plane.numel()
 
 
 def compress(plane: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -149,6 +150,8 @@ class Op:
         args: Positional arguments, every tensor replaced by its ``Node``.
         kwargs: Keyword arguments, likewise.
         out: What it returned, likewise.
+        inputs: The nodes among the arguments, in order.
+        outputs: The nodes in what it returned, in order.
         call: The Python-level call that it is a part of, if there is one.
         path: The operators of choices that it is part of (see ``paths.py``).
     """
@@ -158,6 +161,8 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
+    inputs: Sequence[Node]
+    outputs: Sequence[Node]
     call: Call | None
     path: tuple[tuple[str, int], ...] = ()
 
@@ -169,9 +174,14 @@ _INTERNAL = ("/torch/overrides.py", "/torch/functional.py", "/torch/nn/functiona
 _MAX_CALLERS = 4
 
 
+@functools.cache
+def _is_internal(filename: str) -> bool:
+    return any(part in filename for part in _INTERNAL)
+
+
 def capture_frame(frame: FrameType | None, depth: int = 0) -> FrameRecord | None:
     """Records the innermost frame, from ``frame`` outward, that is not internal to torch or to the tracer."""
-    while frame is not None and any(part in frame.f_code.co_filename for part in _INTERNAL):
+    while frame is not None and _is_internal(frame.f_code.co_filename):
         frame = frame.f_back
     if frame is None:
         return None

@@ -18,6 +18,7 @@ from torch import Tensor
 from prunegate.labels.algebra import Algebra, Reduction
 from prunegate.labels.planes import place, varying
 from prunegate.labels.record import Node, Op, nodes_in
+from prunegate.labels.shapes import plain_name
 
 __all__ = ["MAKES_TENSORS", "apply_rule", "rule_for"]
 
@@ -37,16 +38,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def rule_for(op: Op) -> Rule:
-    """The rule that serves ``op``: its own, else the one for its kind, else the one that freezes."""
-    if op.func.namespace != "aten":
+@functools.cache
+def rule_for(func: Any) -> Rule:
+    """The rule that serves an operation: its own, else the one for its kind, else the one that freezes."""
+    name = plain_name(func)
+    if func.namespace != "aten":
         return unknown
-    own = _RULES.get(op.name)
+    own = _RULES.get(name)
     if own is not None:
         return own
-    if torch.Tag.pointwise in op.func.tags or op.name in _POINTWISE:
+    if torch.Tag.pointwise in func.tags or name in _POINTWISE:
         return pointwise
-    if op.func.is_view or op.name in _MOVEMENT:
+    if func.is_view or name in _MOVEMENT:
         return movement
     return unknown
 
@@ -55,7 +58,7 @@ def apply_rule(algebra: Algebra, op: Op) -> None:
     """Lets labels flow through ``op``."""
     algebra.op = op
     try:
-        rule_for(op)(algebra, op)
+        rule_for(op.func)(algebra, op)
     finally:
         algebra.op = None
 
@@ -92,24 +95,28 @@ def _arguments(func: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     }
 
 
-def _outputs(op: Op) -> list[Node]:
-    return list(nodes_in(op.out))
-
-
 # ---------------------------------------------------------------------- kinds
 
 
 def unknown(algebra: Algebra, op: Op) -> None:
     """An operation that nobody taught: whatever enters it stays."""
-    for node in nodes_in((op.args, op.kwargs)):
+    for node in op.inputs:
         algebra.freeze_node(node, "no rule for this operation")
 
 
 def pointwise(algebra: Algebra, op: Op) -> None:
     """Operands align by the dimensions on which they vary."""
-    operands = list(nodes_in((op.args, op.kwargs)))
-    for out in _outputs(op):
-        planes = algebra.elementwise(operands, out.ndim, "element-wise")
+    operands = op.inputs
+    if len(operands) == len(op.outputs) == 1 and operands[0].ndim == op.outputs[0].ndim:
+        if op.outputs[0] is not operands[0]:
+            op.outputs[0].planes = list(operands[0].planes)
+        return
+    for out in op.outputs:
+        alike = algebra.elementwise_alike(operands, out.ndim, "element-wise")
+        if alike is not None and out.base is None:
+            out.planes = alike
+            continue
+        planes = algebra.elementwise(operands, out.ndim, "element-wise") if alike is None else alike
         if out in operands and out.base is not None:
             # Written in place into a view: what else looks at this memory knows only the labels it had before.
             known = {varying(plane) for plane in algebra.get(out)}
@@ -128,7 +135,7 @@ def movement(algebra: Algebra, op: Op) -> None:
     algebra.own_labels(source)
     raw = source.source is not None or algebra.only_plane(source) is not None
     planes = source.planes if raw else algebra.get(source)
-    outs = _outputs(op)
+    outs = op.outputs
     moved: list[list[Tensor]] = [[] for _ in outs]
     for plane in planes:
         for at, piece in enumerate(_move(op, plane.expand(source.shape))):
@@ -235,7 +242,7 @@ def _cat(algebra: Algebra, op: Op) -> None:
     own = [algebra.only_plane(node) for node in tensors]
     simple = [plane for plane in own if plane is not None and plane.shape[dim] > 1]
     if len(simple) == len(tensors):
-        algebra.put(op.out, [torch.cat(simple, dim)])
+        algebra.pass_on(op.out, torch.cat(simple, dim))
         return
     across, pieces = [], []
     within: list[Tensor | None] = []
@@ -334,7 +341,7 @@ def _spatial(algebra: Algebra, op: Op) -> None:
     source = op.args[0]
     mixed = [d for d in range(source.ndim) if d >= source.ndim - _spatial_dims(op.name)]
     planes = algebra.leave_spatial(source, mixed, "mixed positions")
-    for out in _outputs(op):
+    for out in op.outputs:
         algebra.put(out, planes)
 
 
@@ -429,7 +436,7 @@ def _attention(algebra: Algebra, op: Op) -> None:
         algebra.put(scores, algebra.align([(algebra.get(scores), real), algebra.operand(mask, 4)], "attention mask"))
     # Tokens are not units here: a softmax over fewer of them has no masked form inside the fused kernel.
     algebra.put(scores, algebra.reduce(scores, [3], "softmax over tokens", keep=True, maskable=False))
-    outs = _outputs(op)
+    outs = op.outputs
     algebra.put(outs[0], algebra.contract(scores, value, "bhnm", "bhmd", "bhnd", "attention output"))
 
 
@@ -624,7 +631,7 @@ def _reduction(algebra: Algebra, op: Op) -> None:
     if not bound.get("keepdim"):
         for dim in sorted(dims, reverse=True):
             planes = [plane.select(dim, 0) for plane in planes]
-    for out in _outputs(op):
+    for out in op.outputs:
         algebra.put(out, planes)
 
 
@@ -644,7 +651,7 @@ def _ordered(algebra: Algebra, op: Op) -> None:
         if varying(plane) == {dim % source.ndim}:
             algebra.freeze(plane, "the order of positions matters")
     planes = algebra.reduce(source, [dim % source.ndim], "the order of positions matters", keep=True, maskable=False)
-    for out in _outputs(op):
+    for out in op.outputs:
         algebra.put(out, planes)
 
 
@@ -652,7 +659,7 @@ def _ordered(algebra: Algebra, op: Op) -> None:
 def _layer_norm(algebra: Algebra, op: Op) -> None:
     source, shape = op.args[:2]
     affine = [node for node in op.args[2:4] if isinstance(node, Node)]
-    out = _outputs(op)[0]
+    out = op.outputs[0]
     start = source.ndim - len(shape)
     plane = algebra.only_plane(source)
     if len(shape) == 1 and plane is not None and plane.shape[-1] > 1 and all(n.is_vector for n in affine):
@@ -678,7 +685,7 @@ def _group_norm(algebra: Algebra, op: Op) -> None:
             algebra.union(members, members[:, :, :1], "channels normalised together")
             algebra.kinds.append(("norm_group", members[:, :, :1]))
         planes.append(plane)
-    algebra.put(_outputs(op)[0], planes)
+    algebra.put(op.outputs[0], planes)
     if groups == 1:
         algebra.reduce(source, range(1, source.ndim), "normalised positions", keep=True)
     _per_channel(algebra, op, source, [n for n in op.args[1:3] if isinstance(n, Node)], planes)
@@ -695,7 +702,7 @@ def _batch_norm(algebra: Algebra, op: Op) -> None:
         labels = plane.flatten()
         for node in vectors:
             algebra.join_vector(labels, node, "scale and shift")
-        algebra.pass_on(_outputs(op)[0], plane)
+        algebra.pass_on(op.outputs[0], plane)
         return
     planes = algebra.get(source)
     if training:
@@ -712,5 +719,5 @@ def _per_channel(algebra: Algebra, op: Op, source: Node, vectors: list[Node], pl
     for node in vectors:
         shaped = [place(plane.flatten(), 1, ndim) for plane in algebra.get(node)]
         operands.append((shaped, frozenset([1]) if node.numel() > 1 else frozenset()))
-    algebra.put(_outputs(op)[0], algebra.align(operands, "scale and shift") if vectors else planes)
+    algebra.put(op.outputs[0], algebra.align(operands, "scale and shift") if vectors else planes)
 

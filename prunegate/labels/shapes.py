@@ -166,7 +166,8 @@ def _batch_norm(blanks: Blanks, func: Any, args: Sequence[Any],
         return None
     if any(isinstance(vector, Tensor) and vector.shape != (source.shape[1],) for vector in args[1:5]):
         return None
-    return blanks.again(source), source.new_empty(0), source.new_empty(0)
+    nothing = source.new_empty(0)  # in eval mode there are no statistics of the batch
+    return blanks.again(source), nothing, nothing
 
 
 def _layer_norm(blanks: Blanks, func: Any, args: Sequence[Any],

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -19,12 +20,12 @@ from prunegate.errors import AttachError
 from prunegate.labels.algebra import Algebra
 from prunegate.labels.heads import label_inside_heads
 from prunegate.labels.paths import ChoiceRecord, Paths, Run
-from prunegate.labels.planes import compress, varying
+from prunegate.labels.planes import compress, is_line, varying
 from prunegate.labels.record import Call, FrameRecord, Node, Op, capture_frame, nodes_in
 from prunegate.labels.rules import MAKES_TENSORS, apply_rule
 from prunegate.labels.shapes import Blanks, plain_name
 from prunegate.labels.unionfind import FROZEN, Labels, Reason
-from prunegate.tensors import attributes_kept, call_model, named_tensors
+from prunegate.tensors import attributes_kept, call_model, modules_of, named_tensors
 
 __all__ = ["Trace", "call_model", "describe_inputs", "trace"]
 
@@ -122,22 +123,32 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        node_args, node_kwargs = to_nodes(args), to_nodes(kwargs)
         name = plain_name(func)
+        inputs: list[Node] = []
+        node_args, node_kwargs = to_nodes(args, inputs), to_nodes(kwargs, inputs)
         out = self.blanks.run(func, name, args, kwargs)
-        inputs = list(nodes_in((node_args, node_kwargs)))
-        depends = any(node.depends for node in inputs)
-        out_nodes = to_nodes(out)
-        for node in nodes_in(out_nodes):
+        depends = labelled = False
+        for node in inputs:
+            depends |= node.depends
+            labelled |= node.is_labelled
+        outputs: list[Node] = []
+        out_nodes = to_nodes(out, outputs)
+        is_view = func.is_view and inputs
+        for node in outputs:
             node.depends |= depends
-            self.nodes.append(node)
-            if func.is_view and inputs and node is not inputs[0]:
+            if is_view and node is not inputs[0]:
                 node.base = inputs[0].base or inputs[0]
-        op = Op(func, name, node_args, node_kwargs, out_nodes, self.call, self.paths.current)
+        self.nodes += outputs
+        op = Op(func, name, node_args, node_kwargs, out_nodes, inputs, outputs, self.call, self.paths.current)
         self.ops.append(op)
-        if name in MAKES_TENSORS or any(node.is_labelled for node in inputs):
+        if labelled or name in MAKES_TENSORS:
             apply_rule(self.algebra, op)
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # What runs here is never compiled anyway; torch would wrap it once more at every operation.
+        return False
 
 
 class _Record(TorchFunctionMode):
@@ -185,18 +196,21 @@ def node_of(tensor: Tensor) -> Node:
     return node
 
 
-def to_nodes(tree: Any) -> Any:
-    """Replaces every tensor in nested arguments by its node."""
+def to_nodes(tree: Any, found: list[Node] | None = None) -> Any:
+    """Replaces every tensor in nested arguments by its node, and appends these, in order, to ``found``."""
     kind = type(tree)
     if kind in _LEAVES:
         return tree
     if isinstance(tree, Tensor):
-        return node_of(tree)
+        node = node_of(tree)
+        if found is not None:
+            found.append(node)
+        return node
     if kind is tuple or kind is list:
-        return kind([to_nodes(item) for item in tree])
+        return kind([to_nodes(item, found) for item in tree])
     if kind is dict:
-        return {key: to_nodes(item) for key, item in tree.items()} if tree else tree
-    return tree_map(lambda leaf: node_of(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+        return {key: to_nodes(item, found) for key, item in tree.items()} if tree else tree
+    return tree_map(lambda leaf: to_nodes(leaf, found) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 _LEAVES = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size, slice, complex])
@@ -239,7 +253,7 @@ def trace(model: nn.Module, inputs: Any, ignore: Callable[[str], bool] = lambda 
         AttachError: The model does not run on the input.
     """
     algebra = Algebra()
-    modules = {id(module): name for name, module in model.named_modules()}
+    modules = {id(module): name for name, module in modules_of(model)}
     algebra.module_name = lambda frame: _owner_name(frame, modules)
     paths = Paths(choices or {})
     dispatch = _Dispatch(algebra, paths)
@@ -335,7 +349,8 @@ def _settle(result: Trace) -> None:
 def _freeze_unused(result: Trace) -> None:
     """Labels that no operation on the input touched (rows of a table beyond the input's size) are not units."""
     labels = result.labels
-    touched = [plane.flatten() for node in result.nodes if node.depends for plane in node.planes]
+    planes = {id(plane): plane for node in result.nodes if node.depends for plane in node.planes}
+    touched = [plane.flatten() for plane in planes.values()]
     seen = torch.zeros(len(labels), dtype=torch.bool)
     roots = labels.roots()
     if touched:
@@ -347,15 +362,14 @@ def _freeze_unused(result: Trace) -> None:
 def _freeze_whole_layers(result: Trace) -> None:
     """A class that holds every position of some dimension would empty a layer: it is no unit."""
     labels = result.labels
-    planes = [plane.flatten() for name in result.parameters for plane in result.tensors[name].planes]
+    shared = {id(plane): plane for name in result.parameters for plane in result.tensors[name].planes}
+    planes = [plane.flatten() for plane in shared.values()]
     if not planes:
         return
-    flat = labels.roots()[torch.cat(planes)]
-    sizes = torch.tensor([plane.numel() for plane in planes])
-    first = flat[sizes.cumsum(0) - sizes]
-    alike = torch.ones(len(planes), dtype=torch.bool)
-    alike[torch.arange(len(planes)).repeat_interleave(sizes)[flat != first.repeat_interleave(sizes)]] = False
-    whole = torch.unique(first[alike])
+    flat = labels.roots()[torch.cat(planes)].numpy()
+    starts = np.cumsum([0, *(plane.numel() for plane in planes[:-1])])
+    lowest = np.minimum.reduceat(flat, starts)
+    whole = torch.from_numpy(np.unique(lowest[lowest == np.maximum.reduceat(flat, starts)]))
     labels.freeze(whole[whole != FROZEN], Reason("a layer would vanish with one unit"))
 
 
@@ -365,7 +379,7 @@ def make_rectangular(result: Trace) -> None:
     Such a tensor would not be a box after a cut. Of its dimensions the one that keeps most labels stays free.
     """
     algebra = result.algebra
-    joint = {node.uid for node in result.nodes if any(len(varying(plane)) > 1 for plane in node.planes)}
+    joint = {node.uid for node in result.nodes if not all(map(is_line, node.planes))}
     if not joint:
         return
     nodes: dict[int, Node] = {}
@@ -373,7 +387,7 @@ def make_rectangular(result: Trace) -> None:
         nodes |= {node.uid: node for node in nodes_in((call.args, call.kwargs, call.out)) if node.uid in joint}
     # The cost of a contraction is a product of lengths, so its operands must be boxes too.
     for consumption in algebra.consumptions:
-        operands = nodes_in((consumption.op.args, consumption.op.out))
+        operands = (*consumption.op.inputs, *consumption.op.outputs)
         nodes |= {node.uid: node for node in operands if node.uid in joint}
     for _ in range(_MAX_RECTANGLE_ROUNDS):
         changed = False
