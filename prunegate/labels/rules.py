@@ -8,6 +8,7 @@ and out-of-place forms share a rule.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def pointwise(algebra: Algebra, op: Op) -> None:
 
 
 def movement(algebra: Algebra, op: Op) -> None:
-    """The operation itself is executed on the expanded plane."""
+    """The operation itself is executed on the plane, expanded to where the operation needs it."""
     source = op.args[0]
     for node in nodes_in((op.args[1:], op.kwargs)):
         algebra.freeze_node(node, "used as an index")
@@ -138,20 +139,57 @@ def movement(algebra: Algebra, op: Op) -> None:
     outs = op.outputs
     moved: list[list[Tensor]] = [[] for _ in outs]
     for plane in planes:
-        for at, piece in enumerate(_move(op, plane.expand(source.shape))):
+        for at, piece in enumerate(_move(op, plane, source.shape)):
             moved[at].append(piece)
     for out, pieces in zip(outs, moved, strict=True):
         out.source = source.source
         algebra.put(out, pieces)
 
 
-def _move(op: Op, plane: Tensor) -> Sequence[Tensor]:
+def _move(op: Op, plane: Tensor, shape: Sequence[int]) -> Sequence[Tensor]:
     if op.name in ("view", "unsafe_view", "reshape_alias", "reshape_copy"):
-        return [plane.reshape(op.args[1])]
+        return [_reshaped(plane, shape, op.out.shape)]
     if op.name in ("clone", "to_copy", "contiguous", "lift_fresh", "detach", "alias"):
         return [plane]
-    out = op.func(plane, *_plain(op.args[1:]), **_plain(op.kwargs))
+    if op.name in _WITHIN_DIMS:
+        dims = op.args[_WITHIN_DIMS[op.name]]
+        within = {dim % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)}
+        if within and within.isdisjoint(varying(plane)):
+            return [plane]
+    out = op.func(plane.expand(shape), *_plain(op.args[1:]), **_plain(op.kwargs))
     return [out] if isinstance(out, Tensor) else list(out)
+
+
+# Rearrangements that copy, and where among their arguments they name the dimensions in which they move positions: a
+# plane that does not vary along those is as it was.
+_WITHIN_DIMS = {"roll": 2, "flip": 1, "index_select": 1}
+
+
+def _reshaped(plane: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
+    """``plane`` of a tensor of shape ``before`` when that is viewed in the shape ``after``.
+
+    Dimensions are taken in the smallest runs that hold equally many positions before and after. A run along which the
+    plane does not vary stays of size 1, so that neither batch nor resolution costs anything.
+    """
+    if 0 in before:
+        return plane.expand(tuple(before)).reshape(tuple(after))
+    sizes: list[int] = []
+    wanted: list[int] = []
+    at = to = 0
+    while at < len(before) or to < len(after):
+        start, first = at, to
+        inside = math.prod(before[at : at + 1])
+        outside = math.prod(after[to : to + 1])
+        at, to = at + 1, to + 1
+        while inside != outside:
+            if inside < outside:
+                inside, at = inside * before[at], at + 1
+            else:
+                outside, to = outside * after[to], to + 1
+        varies = max(plane.shape[start:at], default=1) > 1
+        sizes += before[start:at] if varies else plane.shape[start:at]
+        wanted += after[first:to] if varies else [1] * len(after[first:to])
+    return plane.expand(sizes).reshape(wanted)
 
 
 def _plain(tree: Any) -> Any:

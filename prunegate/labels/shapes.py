@@ -3,7 +3,8 @@
 Labels depend on shapes, never on activation values, and a forward's time is in its values. So while a model is traced,
 convolutions and matrix products return *blanks*: tensors of the right shape and layout that nobody computed. What
 element-wise operations, eval-mode batch norms, layer norms, softmaxes and concatenations make of blanks alone in
-shape, is blank too. Whatever is out of the ordinary (types or devices that differ, sizes that do not fit, layouts that
+shape, is blank too, and so is what any operation makes of large ones, if it knows its result's shape without values.
+Whatever is out of the ordinary (types or devices that differ, sizes that do not fit, layouts that
 are neither contiguous nor channels-last) is left to the real operation, which says what is wrong.
 
 All blanks of one type share one piece of memory, zeros at first. Real operations may write into it in place, so the
@@ -16,9 +17,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 __all__ = ["Blanks", "ShapesOnly", "plain_name"]
 
@@ -66,9 +69,14 @@ class Blanks:
             result = skip(self, func, args, kwargs)
             if result is not None:
                 return result
+        if not func.is_view and any(map(_is_large_blank, args)):
+            result = self._inferred(func, args, kwargs)
+            if result is not None:
+                return result
         result = func(*args, **kwargs)
-        if func.is_view and isinstance(result, Tensor) and _is_blank(args[0]):
-            setattr(result, _BLANK, True)
+        if func.is_view and _is_blank(args[0]):
+            for view in [result] if isinstance(result, Tensor) else result:
+                setattr(view, _BLANK, True)
         return result
 
     def make(self, sizes: Sequence[int], like: Tensor, channels_last: bool = False) -> Tensor:
@@ -79,12 +87,32 @@ class Blanks:
         key = like.dtype, like.device
         memory = self._memory.get(key)
         if memory is None or memory.numel() < count:
-            memory = self._memory[key] = torch.zeros(count, dtype=like.dtype, device=like.device)
+            memory = self._memory[key] = _zeros(count, like)
         if channels_last:
             batch, channels, height, width = sizes
             blank = memory[:count].view(batch, height, width, channels).permute(0, 3, 1, 2)
         else:
             blank = memory[:count].view(tuple(sizes))
+        setattr(blank, _BLANK, True)
+        return blank
+
+    def _inferred(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the operation returns by its own account of shapes, without a look at values; blank."""
+        try:
+            result = func(*tree_map(_without_values, args), **tree_map(_without_values, kwargs))
+        except Exception:  # it needs values, or is wrong: the real operation says which
+            return None
+        if func._schema.is_mutable:
+            changes_first = func._schema.arguments[0].alias_info is not None and isinstance(args[0], Tensor)
+            return args[0] if changes_first and isinstance(result, Tensor) else None
+        like = next(arg for arg in args if _is_large_blank(arg))
+        return tree_map(lambda leaf: self._as(leaf, like) if isinstance(leaf, Tensor) else leaf, result)
+
+    def _as(self, bare: Tensor, like: Tensor) -> Tensor:
+        """A blank of the sizes, strides and type of ``bare``, on the device of ``like``."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(bare.shape, bare.stride(), strict=True))
+        flat = self.make((span if bare.numel() else 0,), like.new_empty(0, dtype=bare.dtype))
+        blank = flat.as_strided(bare.shape, bare.stride())
         setattr(blank, _BLANK, True)
         return blank
 
@@ -123,8 +151,29 @@ class Blanks:
         return self.make(sizes, first, shape is _convolution and _channels_last(args[0], args[1]))
 
 
+def _zeros(count: int, like: Tensor) -> Tensor:
+    """Zeros of the type and device of ``like``; on the CPU, memory that is not taken before someone writes to it."""
+    if like.device.type != "cpu":
+        return torch.zeros(count, dtype=like.dtype, device=like.device)
+    return torch.from_numpy(np.zeros(count * like.element_size(), np.uint8)).view(like.dtype)
+
+
 def _is_blank(value: Any) -> bool:
     return isinstance(value, Tensor) and hasattr(value, _BLANK)
+
+
+def _is_large_blank(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() > _SMALL and hasattr(value, _BLANK)
+
+
+_SMALL = 2**16
+"""Up to here it takes less to compute with a blank than to ask what would come out."""
+
+
+def _without_values(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

@@ -1,0 +1,101 @@
+"""Neither batch nor resolution costs labels anything, and what is not computed looks as if it had been."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
+
+from prunegate.labels.rules import _reshaped
+from prunegate.labels.shapes import Blanks, plain_name
+from prunegate.labels.trace import trace
+from tests.labels.test_units import as_set, found_units
+from tests.zoo import ZOO
+
+aten = torch.ops.aten
+
+
+def bytes_of_labels(model: torch.nn.Module, example: torch.Tensor) -> int:
+    stores = {plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
+              for node in trace(model, example).nodes for plane in node.planes}  # fmt: skip
+    return sum(stores.values())
+
+
+@pytest.mark.parametrize("name", ["WindowShift", "SplitAttention"])
+def test_batch(name: str) -> None:
+    torch.manual_seed(0)
+    model = ZOO[name]().double()
+    example = model.example()
+    larger = example.repeat(64 // len(example), *[1] * (example.dim() - 1))
+    assert as_set(found_units(model, larger)) == as_set(found_units(model, example))
+    assert bytes_of_labels(model, larger) < 1.1 * bytes_of_labels(model, example)
+
+
+def test_resolution() -> None:
+    torch.manual_seed(0)
+    model = ZOO["WindowShift"]().double()
+    small = model.example()
+    assert bytes_of_labels(model, small.repeat(1, 1, 8, 8)) < 1.1 * bytes_of_labels(model, small)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[list[int], list[int], list[bool]]:
+    """A shape, another of as many elements, and along which dimensions of the first a plane varies."""
+    factors = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=6))
+
+    def joined() -> list[int]:
+        cuts = sorted(draw(st.sets(st.integers(1, len(factors) - 1), max_size=4))) if len(factors) > 1 else []
+        return [math.prod(factors[a:b]) for a, b in zip([0, *cuts], [*cuts, len(factors)], strict=True)]
+
+    before, after = joined(), joined()
+    return before, after, draw(st.lists(st.booleans(), min_size=len(before), max_size=len(before)))
+
+
+@given(views())
+def test_a_plane_is_viewed_as_the_tensor_is(case: tuple[list[int], list[int], list[bool]]) -> None:
+    before, after, varies = case
+    sizes = [size if v else 1 for size, v in zip(before, varies, strict=True)]
+    plane = torch.arange(1, math.prod(sizes) + 1).reshape(sizes)
+    got = _reshaped(plane, before, after)
+    assert torch.equal(got.expand(after), plane.expand(before).reshape(after))
+    if not any(size > 1 for size in sizes):
+        assert got.numel() == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (2, 0, 3)])
+def test_views_of_nothing(shape: tuple[int, ...]) -> None:
+    assert _reshaped(torch.zeros([1] * len(shape), dtype=torch.int64), shape, (0,)).shape == (0,)
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: (aten.roll.default, (x, [3, 1], [2, 3]), {}),
+    lambda x: (aten.max_pool2d_with_indices.default, (x, [3, 3], [2, 2], [1, 1]), {}),
+    lambda x: (aten.clone.default, (x.permute(0, 2, 3, 1),), {"memory_format": torch.contiguous_format}),
+    lambda x: (aten.argmax.default, (x, 1), {}),
+    lambda x: (aten.var_mean.correction, (x, [2, 3]), {"correction": 0, "keepdim": True}),
+    lambda x: (aten.gt.Scalar, (x, 0.0), {}),
+    lambda x: (aten.sum.dim_IntList, (x.permute(0, 2, 3, 1), [3]), {}),
+    lambda x: (aten.add_.Scalar, (x, 1.0), {}),
+    lambda x: (aten.unbind.int, (x, 1), {}),
+], ids=lambda call: str(call(torch.zeros(1, 1, 8, 8))[0]))  # fmt: skip
+def test_what_is_not_computed_looks_computed(call: Callable) -> None:
+    blanks = Blanks()
+    source = blanks.make((2, 3, 128, 128), torch.empty(0))
+    func, args, kwargs = call(source)
+    got = blanks.run(func, plain_name(func), args, kwargs)
+    func, args, kwargs = call(torch.randn(2, 3, 128, 128))
+    expected = func(*args, **kwargs)
+    for ours, real in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (
+            real.shape, real.stride(), real.dtype, real.device)  # fmt: skip
+
+
+def test_what_needs_values_is_computed() -> None:
+    blanks = Blanks()
+    source = blanks.make((1000, 1000), torch.empty(0))
+    assert blanks.run(aten.nonzero.default, "nonzero", (source,), {}).shape == (0, 2)
+    with pytest.raises(RuntimeError):
+        blanks.run(aten.mm.default, "mm", (source, torch.zeros(3, 3)), {})
