@@ -36,6 +36,7 @@ test-all: $(DEV) $(BENCH)
 
 bench: $(BENCH)
 	$(BIN)/python tools/bench_attach.py
+	$(BIN)/python tools/bench_budget.py
 	$(BIN)/python tools/bench_families.py
 	$(BIN)/python tools/bench_gumbel.py
 	$(BIN)/python tools/bench_step.py

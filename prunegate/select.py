@@ -9,7 +9,8 @@ single steps are exchanged at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from prunegate.errors import BudgetError
 from prunegate.polynomial import Polynomial
 
-__all__ = ["Limit", "Selection", "Width", "greatest_mask", "least_cost", "least_mask", "select"]
+__all__ = ["Limit", "Selection", "Width", "greatest_mask", "least_cost", "least_mask", "least_masks", "select"]
 
 _Floats = NDArray[np.float64]
 _Ints = NDArray[np.int64]
@@ -31,6 +32,7 @@ _EXCHANGE_WORK = 60_000  # number of groups times number of exchanges tried
 _MAX_EXCHANGES = 600
 _LEAST_GAIN = 1e-6  # relative; less is not worth another round of exchanges
 _RANDOM_STARTS = 3
+_BETWEEN = (0.25, 0.5, 0.75)  # of the way from one cost to another
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def least_mask(cost: Polynomial, widths: Sequence[Width]) -> Tensor:
     for width in widths:
         if not width.one_of:
             mask[width.slice.start + int(width.allowed()[0]) : width.slice.stop] = False
-    return _with_operators(mask, cost, widths, dearest=False)
+    return _with_operators(mask, cost.gradient, widths, dearest=False)
 
 
 def least_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
@@ -161,11 +163,30 @@ def least_cost(cost: Polynomial, widths: Sequence[Width]) -> int:
 
 def greatest_mask(cost: Polynomial, widths: Sequence[Width]) -> Tensor:
     """The mask in which every unit stays, with the costliest operators."""
-    return _with_operators(torch.ones(cost.n_gates, dtype=torch.bool), cost, widths, dearest=True)
+    return _with_operators(torch.ones(cost.n_gates, dtype=torch.bool), cost.gradient, widths, dearest=True)
 
 
-def _with_operators(mask: Tensor, cost: Polynomial, widths: Sequence[Width], dearest: bool) -> Tensor:
-    """A mask with the cheapest, or dearest, operator of every choice.
+def least_masks(limits: Sequence[Limit], widths: Sequence[Width]) -> Iterator[Tensor]:
+    """Masks in which every group keeps as little as it may, with operators that are cheap by one cost or by several.
+
+    Without choices of operators there is one such mask. With them an operator may be cheap by one cost and dear by
+    another, so the operators are those of the least price for several mixtures of the costs, the even one first.
+    """
+    start = least_mask(limits[0].cost, [width for width in widths if not width.one_of])
+    corners = np.eye(len(limits))
+    even = np.full(len(limits), 1 / len(limits))
+    mixes = [even, *corners, *((1 - t) * a + t * b for a, b in itertools.combinations(corners, 2) for t in _BETWEEN)]
+    for mix in mixes if any(width.one_of for width in widths) else mixes[:1]:
+
+        def price(p: Tensor, mix: _Floats = mix) -> Tensor:
+            parts = zip(mix.tolist(), limits, strict=True)
+            return torch.stack([w * each.cost.gradient(p) / max(each.most, 1) for w, each in parts]).sum(0)
+
+        yield _with_operators(start, price, widths, dearest=False)
+
+
+def _with_operators(mask: Tensor, price: Callable[[Tensor], Tensor], widths: Sequence[Width], dearest: bool) -> Tensor:
+    """A mask with the cheapest, or dearest, operator of every choice by a price of each gate, given all chances.
 
     Choices inside others come after them and are settled first, while the outer ones are still open to all.
     """
@@ -175,9 +196,9 @@ def _with_operators(mask: Tensor, cost: Polynomial, widths: Sequence[Width], dea
         p[width.slice] = 1 / (width.slice.stop - width.slice.start)
     for _ in range(2 if choices else 0):  # with shared keys the first round need not be the last
         for width in reversed(choices):
-            price = cost.gradient(p)[width.slice]
+            own = price(p)[width.slice]
             options = list(width.operators())
-            best = int(price[options].argmax() if dearest else price[options].argmin())
+            best = int(own[options].argmax() if dearest else own[options].argmin())
             p[width.slice] = 0.0
             p[width.slice.start + options[best]] = 1.0
     return p > 0.5
@@ -281,10 +302,12 @@ class _Problem:
         self.gain_until = np.concatenate([[0.0], np.cumsum(self.gain)])
 
     def _cheapest_operators(self, widths: Sequence[Width]) -> dict[int, int]:
-        """The gate of the cheapest operator of each choice where little else is kept, by the choice's first gate."""
+        """The gate of a cheap operator of each choice where little else is kept, by the choice's first gate."""
         if not any(width.one_of for width in widths):
             return {}
-        mask = least_mask(self.limits[0].cost, widths)
+        masks = list(least_masks(self.limits, widths))
+        fitting = (mask for mask in masks if all(each.cost.exact(mask) <= each.most for each in self.limits))
+        mask = next(fitting, masks[0])
         return {w.slice.start: w.slice.start + int(mask[w.slice].int().argmax()) for w in widths if w.one_of}
 
     def _worthwhile(self, width: Width, price: _Floats, cheapest: int) -> _Ints:

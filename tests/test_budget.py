@@ -214,15 +214,38 @@ def test_gradients_of_ignored_groups_do_not_slow_the_others() -> None:
 # ---------------------------------------------------------------------- the search
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("spread", [0, 6])
-def test_the_expected_cost_stays_on_its_schedule_under_wild_gradients(name: str, spread: float) -> None:
-    gated = fresh(name)
-    randomise(gated, spread, seed=0)
+@lru_cache
+def at_full_size(name: str) -> GatedModel:
+    torch.manual_seed(0)
+    return prunegate.attach(timm.create_model(name))
+
+
+def anywhere(gated: GatedModel, start: str) -> None:
+    """Logits in [-6, 6]: at random, at an end, or each group somewhere else."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.zeros(gated.logits.numel())
+    if start == "random":
+        logits = 12 * torch.rand(logits.numel(), generator=generator) - 6
+    elif start == "by group":
+        for group in gated.groups:
+            center = 12 * torch.rand((), generator=generator) - 6
+            logits[group.slice] = (center + torch.randn(group.size, generator=generator)).clamp(-6, 6)
+    elif start != "scored":
+        logits += float(start)
+    with torch.no_grad():
+        gated.logits.copy_(logits)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenetv2_100", "deit_tiny_patch16_224", "convnext_atto"])
+@pytest.mark.parametrize("start", ["scored", "random", "by group", "-6", "6"])
+def test_the_expected_cost_stays_on_its_schedule_under_wild_gradients(name: str, start: str) -> None:
+    gated = at_full_size(name)
+    gated.mask = None
+    anywhere(gated, start)
     steps = 60
     budget = Budget(gated, flops=0.3, steps=steps)
     generator = torch.Generator().manual_seed(0)
-    dense, scoring = gated.cost.flops(), 6 if spread == 0 else 0
+    dense, scoring = gated.cost.flops(), 6 if start == "scored" else 0
     moving = scoring + math.ceil(0.8 * (steps - scoring))
     for done in range(1, steps + 1):
         size = 10.0 ** float(torch.randint(-6, 7, (1,), generator=generator))
@@ -479,6 +502,49 @@ def test_bad_budgets_are_refused_and_change_nothing(arguments: dict[str, Any], m
         Budget(gated, **{"steps": 10, **arguments})
     assert gated.prunegate.phase == "open"
     assert not gated.logits.any()
+
+
+class Opposed(nn.Module):
+    """A choice between an operator with many FLOPs and one with many parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        at_every_pixel = nn.Sequential(nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        at_none = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
+        self.choice = prunegate.Choice([at_every_pixel, at_none])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 8, 16, 16] to [N, 3]."""
+        return self.head(self.choice(x))
+
+
+def test_budgets_that_exclude_one_another_say_what_each_can_reach() -> None:
+    torch.manual_seed(0)
+    gated = prunegate.attach(Opposed(), torch.randn(1, 8, 16, 16))
+    costs = []
+    for operator in ("0", "1"):
+        gated.choose({"choice": operator})
+        costs.append((gated.cost.flops(gated.mask), gated.cost.params(gated.mask)))
+        gated.mask = None
+    (many, few_params), (few, many_params) = costs
+    assert few < 5000 < many
+    assert few_params < many_params
+    # All units stay: only the operators are left to choose.
+    whole = {"steps": 10, "min_keep": 1.0}
+    Budget(gated, flops=5000, **whole)
+    Budget(gated, params=few_params / gated.cost.params(), **whole)
+    with pytest.raises(BudgetError, match="cannot be met together") as caught:
+        Budget(gated, flops=5000, params=few_params / gated.cost.params(), **whole)
+    flops, params = str(caught.value).split("together. ")[1].split("; ")
+    assert flops == (
+        f"flops: 5,000 was asked for, reachable is {few:,} to {many:,} alone, and beside the other budgets "
+        f"{many:,} or more"
+    )
+    assert params.startswith(
+        f"params: {few_params:,} was asked for, reachable is {few_params:,} to {many_params:,} alone, and beside the "
+        f"other budgets {many_params:,} or more. Raise one of them"
+    )
 
 
 def test_the_reachable_range_can_be_asked_for() -> None:

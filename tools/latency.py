@@ -5,26 +5,29 @@
 
 The table serves ``prunegate.Budget(gated, latency=0.5, latency_table="latency.json", steps=...)``. With ``--check``,
 random masks are cut and measured, and their times stand beside the predicted ones. With ``--slim``, the model is cut by
-such a budget (by the size of its weights: what is measured is speed) and runs in turn with the dense one.
+such a budget (by the size of its weights: what is measured is speed) and runs in turn with the dense one;
+``--predicted`` leaves out the measurements by which a budget corrects its choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 
+import numpy as np
 import timm
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from torch import nn
 
 import prunegate
 from prunegate.budget.latency import LatencyTable
-from prunegate.budget.stopwatch import time_call
-from prunegate.cli.timing import latencies
+from prunegate.budget.stopwatch import time_in_turn
+from prunegate.budget.whole import cut, measure
+from prunegate.labels.trace import call_model
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", type=int, default=0, metavar="N", help="measure N random cuts against predictions")
     parser.add_argument("--slim", type=float, nargs="+", default=[], metavar="SHARE",
                         help="cut to these shares of the dense latency; measure dense and slim in turn")  # fmt: skip
+    parser.add_argument("--predicted", action="store_true", help="with --slim: choose by predicted times alone")
     parser.add_argument("--round-to", type=int, default=1, help="multiple that widths are rounded to for --slim")
     return parser.parse_args(argv)
 
@@ -56,42 +60,52 @@ def random_mask(gated: prunegate.GatedModel, generator: torch.Generator) -> torc
 
 
 def check(gated: prunegate.GatedModel, table: LatencyTable, count: int, console: Console) -> float:
-    """Prints predicted and measured times of random cuts; returns the median relative error."""
+    """Prints predicted and measured times of random cuts; returns the median relative error.
+
+    Each cut runs in turn with the dense model: what the machine's speed does meanwhile stands in the dense model's
+    time, and not in the share.
+    """
     generator = torch.Generator().manual_seed(0)
-    report = Table("mask", "FLOPs kept", "predicted ms", "measured ms", "error")
-    errors = []
+    dense = cut(gated, gated.gate_map.start())
+    report = Table("mask", "FLOPs kept", "predicted ms", "measured ms", "error", "dense then, ms", "share", "error")
+    errors, of_shares = [], []
     for number in range(count):
         mask = random_mask(gated, generator)
-        gated.mask = mask
-        slim = gated.export().eval()
-        with torch.inference_mode():
-            measured = time_call(slim, [gated.example_input], {}, least_seconds=1.0)
+        measured = measure(gated, dense, cut(gated, mask))
         predicted = table.predict(gated, mask)
-        errors.append(abs(predicted / measured - 1))
-        share = gated.cost.flops(mask) / gated.cost.flops()
-        report.add_row(str(number), f"{share:.1%}", f"{predicted:.3f}", f"{measured:.3f}", f"{errors[-1]:.1%}")
-    gated.mask = None
+        errors.append(abs(predicted / measured.slim_ms - 1))
+        of_shares.append(abs(predicted / table.predict(gated) / measured.share - 1))
+        kept = gated.cost.flops(mask) / gated.cost.flops()
+        report.add_row(str(number), f"{kept:.1%}", f"{predicted:.3f}", f"{measured.slim_ms:.3f}", f"{errors[-1]:.1%}",
+                       f"{measured.dense_ms:.3f}", f"{measured.share:.3f}", f"{of_shares[-1]:.1%}")  # fmt: skip
     console.print(report)
-    console.print(f"median error {statistics.median(errors):.1%}, from {min(errors):.1%} to {max(errors):.1%}")
+    for name, found in (("", errors), (" of the share of dense", of_shares)):
+        median = statistics.median(found)
+        console.print(f"median error{name} {median:.1%}, from {min(found):.1%} to {max(found):.1%}")
     return statistics.median(errors)
 
 
-def slim_down(model: nn.Module, gated: prunegate.GatedModel, table: LatencyTable, args: argparse.Namespace,
-              console: Console) -> None:  # fmt: skip
+def slim_down(gated: prunegate.GatedModel, table: LatencyTable, args: argparse.Namespace, console: Console) -> None:
     """Prints the measured times of cuts by latency budgets, and of the dense model, all in one run."""
-    models = {"dense": model}
+    models = {"dense": cut(gated, gated.gate_map.start())}
     predicted = {"dense": table.predict(gated)}
     for share in args.slim:
         gated.mask = None
         gated.logits.data.zero_()
-        budget = prunegate.Budget(gated, latency=share, latency_table=table, steps=1, round_to=args.round_to)
+        budget = prunegate.Budget(gated, latency=share, latency_table=table, latency_check=not args.predicted, steps=1,
+                                  round_to=args.round_to)  # fmt: skip
         budget.finish()
-        models[f"latency={share:g}"] = gated.export()
+        console.print(budget.report(), markup=False)
+        models[f"latency={share:g}"] = gated.export().eval()
         predicted[f"latency={share:g}"] = table.predict(gated, gated.mask)
-    measured = latencies(models, gated.example_input, seconds=8.0)
-    report = Table("budget", "predicted ms", "measured ms", "measured share of dense")
-    for name, milliseconds in measured.items():
-        report.add_row(name, f"{predicted[name]:.3f}", f"{milliseconds:.3f}", f"{milliseconds / measured['dense']:.3f}")
+    with torch.inference_mode():
+        calls = [functools.partial(call_model, model, gated.example_input) for model in models.values()]
+        turns = time_in_turn(calls, gated.logits.is_cuda, least_seconds=8.0)
+    report = Table("budget", "predicted ms", "measured ms", "quartiles", "measured share of dense")
+    for (name, expected), own in zip(predicted.items(), turns.T, strict=True):
+        low, middle, high = np.quantile(own, [0.25, 0.5, 0.75])
+        report.add_row(name, f"{expected:.3f}", f"{middle:.3f}", f"{low:.3f}-{high:.3f}",
+                       f"{middle / np.median(turns[:, 0]):.3f}")  # fmt: skip
     console.print(report)
 
 
@@ -123,10 +137,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{len(table.operators)} operators on {table.device}; {args.model} at batch {args.batch}: "
         f"{table.predict(gated):.3f} ms dense; written to {path}"
     )
+    added, factor = table.overhead_of(gated)
+    console.print(f"between operators {added:.3f} ms; in the model operators take {factor:.3f} times as long as alone")
+    doubt = table.doubt(gated)
+    if doubt:
+        console.print(doubt, style="yellow", markup=False)
     if args.check:
         check(gated, table, args.check, console)
     if args.slim:
-        slim_down(model, gated, table, args, console)
+        slim_down(gated, table, args, console)
     return 0
 
 

@@ -7,18 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
-from prunegate.budget.limits import MEGABYTE, PICOSECONDS, make_limits, make_widths, resolve_round_to, show
+from prunegate.budget.limits import (
+    MEGABYTE,
+    PICOSECONDS,
+    check_together,
+    make_limits,
+    make_widths,
+    resolve_round_to,
+    show,
+)
 from prunegate.budget.memory import MemoryModel
 from prunegate.budget.mixing import Mixing
 from prunegate.budget.nested import Levels, smallest_of
 from prunegate.budget.projection import project
 from prunegate.budget.promise import Exact, Promise
+from prunegate.budget.ranks import averaged, from_first
 from prunegate.budget.schedule import Schedule, ramp
+from prunegate.budget.stopwatch import Timer
+from prunegate.budget.tables import make_trial, table_for
+from prunegate.budget.whole import Measured
 from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
 from prunegate.gates import NOISE_FLOOR
@@ -54,6 +65,10 @@ class Budget:
             weights, input and activations, without the kernels' scratch space.
         latency_table: A ``LatencyTable`` of this device, or the path of one; without it the model's operators are
             measured at once, which takes from seconds to minutes.
+        latency_check: Whether the final cut is measured beside the dense model, and the choice corrected until it is
+            as fast as was asked for (a few seconds a cut, six cuts at most, when the mask is chosen). A table of
+            another engine's times is checked by that engine: pass its timer of whole models (``timer(module, args,
+            kwargs)`` gives milliseconds of one call). Where it cannot be measured, :meth:`report` says so.
         steps: Number of optimizer steps that the search takes; 20% of all training is a good choice.
         tau: Temperature of the relaxed gates that gradients flow through, a number or (start, end).
         noise: Scale of the logistic noise in the draws, a number or (start, end).
@@ -71,7 +86,7 @@ class Budget:
         selection: The final choice, with its score and its distance to the relaxation's bound; ``None`` before.
 
     Raises:
-        BudgetError: A value is malformed or out of reach; says what is reachable.
+        BudgetError: A value is malformed or out of reach, alone or beside the others; says what is reachable.
 
     Example:
         >>> import torch, prunegate
@@ -90,7 +105,8 @@ class Budget:
 
     def __init__(self, gated: GatedModel, *, flops: float | Sequence[float] | None = None, params: float | None = None,
                  latency: float | None = None, latency_ms: float | None = None,
-                 latency_table: LatencyTable | str | Path | None = None, memory_mb: float | None = None, steps: int,
+                 latency_table: LatencyTable | str | Path | None = None, latency_check: bool | Timer = True,
+                 memory_mb: float | None = None, steps: int,
                  tau: float | tuple[float, float] = 1.0, noise: float | tuple[float, float] = (0.3, 0.0),
                  round_to: int | str | Mapping[str, Any] = 1, min_keep: float | Mapping[str, float] | None = None,
                  max_keep: float | Mapping[str, float] | None = None,
@@ -108,38 +124,28 @@ class Budget:
         self.selection: Selection | None = None
         self._gates = gated.prunegate
         self._tau, self._noise = ramp("tau", tau, positive=True), ramp("noise", noise, positive=False)
-        costs = dict(gated.cost.polynomials)
-        exact: dict[str, Exact] = {}
-        if latency is not None or latency_ms is not None:
-            if latency is not None and latency_ms is not None:
-                raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
-            table = _latency_table(gated, latency_table)
-            costs["latency"] = table.polynomial(gated)
-            predict = table.predictor(gated)
-            exact["latency"] = lambda mask: round(predict(mask) * PICOSECONDS)
-        memory = None if memory_mb is None else MemoryModel(gated)
-        points = [] if memory is None else [memory.cost(point) for point in memory.likely()]
-        if memory is not None:
-            costs["memory"] = points[0]
-            exact["memory"] = lambda mask: memory.peak(mask)[0]
-        self._costs = costs
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
-        self._widths = make_widths(gated.groups, costs["params"], rounding, min_keep, max_keep, patterns)
+        params_of = gated.cost.polynomials["params"]
+        self._widths = make_widths(gated.groups, params_of, rounding, min_keep, max_keep, patterns)
         flops, several = smallest_of("flops", flops, (params, latency, latency_ms, memory_mb))
         self._levels = None
         if several:
-            made = [make_limits({"flops": each}, costs, self._widths)[0] for each in several]
+            made = [make_limits({"flops": each}, gated.cost.polynomials, self._widths)[0] for each in several]
             self._levels = Levels(made)
-        asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms,
-                 "memory_mb": memory_mb}  # fmt: skip
-        self._limits = make_limits(asked, costs, self._widths, exact)
-        # The peak is where most is held at once: each such point must stay below the limit.
-        self._limits += [Limit("memory", cost, self._limits[-1].most) for cost in points[1:]]
-        self._promise = Promise(self._limits, self._widths, gated.gate_map.start(), exact, memory)
+        self._asked = {"flops": flops, "params": params, "latency": latency, "latency_ms": latency_ms,
+                       "memory_mb": memory_mb}  # fmt: skip
+        self._memory = None if memory_mb is None else MemoryModel(gated)
+        self._table: LatencyTable | None = None
+        if latency is not None or latency_ms is not None:
+            if latency is not None and latency_ms is not None:
+                raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
+            self._table = table_for(gated, latency_table).part(gated)
+        self._latency_check = latency_check
+        self._costs, self._promise = self._make_promise(self._table)
         n = gated.logits.numel()
         self._learner = Learner(self._widths, n)
-        self._mixing = Mixing.of(self._widths, [limit.cost for limit in self._limits], n)
+        self._mixing = self._make_mixing()
         self._squares = torch.zeros(n, dtype=torch.float64)
         self._scored = 0
         self._finished = False
@@ -158,6 +164,38 @@ class Budget:
         self._gates.phase = "score"
         if self.schedule.scoring == 0:
             self._start_search()
+
+    def _make_promise(self, table: LatencyTable | None) -> tuple[dict[str, Polynomial], Promise]:
+        """The costs by name and the promise, with predicted times from ``table``."""
+        gated, memory = self.gated, self._memory
+        costs = dict(gated.cost.polynomials)
+        exact: dict[str, Exact] = {}
+        trial, untried = None, ""
+        if table is not None:
+            # The device was checked where the table came from; a resumed search may be on another.
+            costs["latency"] = table.polynomial(gated, check=False)
+            predict = table.predictor(gated, check=False)
+            exact["latency"] = lambda mask: round(predict(mask) * PICOSECONDS)
+        points = [] if memory is None else [memory.cost(point) for point in memory.likely()]
+        if memory is not None:
+            costs["memory"] = points[0]
+            exact["memory"] = lambda mask: memory.peak(mask)[0]
+        limits = make_limits(self._asked, costs, self._widths, exact)
+        # The peak is where most is held at once: each such point must stay below the limit.
+        limits += [Limit("memory", cost, limits[-1].most) for cost in points[1:]]
+        if table is not None:
+            whole = None if self._asked["latency"] is None else exact["latency"](gated.gate_map.start())
+            trial, untried = make_trial(gated, table, self._latency_check, whole)
+        promise = Promise(limits, self._widths, gated.gate_map.start(), exact, memory, trial, untried)
+        check_together(promise.limits, self._widths)
+        return costs, promise
+
+    def _make_mixing(self) -> Mixing | None:
+        return Mixing.of(self._widths, [limit.cost for limit in self._limits], self.gated.logits.numel())
+
+    @property
+    def _limits(self) -> list[Limit]:
+        return self._promise.limits
 
     # ------------------------------------------------------------------ the loop
 
@@ -179,7 +217,7 @@ class Budget:
                 f"budget.step() was called after the search of {self.steps} steps had ended (step {self.step_count}); "
                 "export the model, or make a new Budget with more steps"
             )
-        gradient = _averaged(self._gates.take_gradient(), self.gated.logits)
+        gradient = averaged(self._gates.take_gradient(), self.gated.logits)
         self.step_count += 1
         if self.phase == "score":
             if gradient is not None:
@@ -250,6 +288,11 @@ class Budget:
     def noise(self) -> float:
         """The current scale of the noise."""
         return self._gates.noise
+
+    @property
+    def measured(self) -> Measured | None:
+        """What the final cut was measured to take, under a budget on latency; ``None`` if it was not (yet)."""
+        return self._promise.measured
 
     def target(self, name: str | None = None) -> float:
         """The value that the expected cost is held to in this step.
@@ -325,6 +368,7 @@ class Budget:
             "learner": self._learner.state_dict(),
             "levels": None if self._levels is None else self._levels.state_dict(),
             "mixing": None if self._mixing is None else self._mixing.state_dict(),
+            "latency": None if self._table is None else self._latency_state(self._table),
             "mask": self._gates.fixed_mask.cpu().clone(),
             "draws": [] if self._gates.counter is None else self._gates.counter.tolist(),
             "selection": None if self.selection is None else vars(self.selection).copy(),
@@ -333,12 +377,18 @@ class Budget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resumes a search; load ``gated.state_dict()`` too.
 
+        A search for a latency goes on with the table that it was begun with, whatever this budget was made with.
+
         Raises:
             BudgetError: The state is of another search (budgets, number of steps or gates differ).
         """
-        own = {"version": _STATE_VERSION, "limits": {limit.name: limit.most for limit in self._limits},
-               "steps": self.steps, "number of gates": self._squares.numel()}  # fmt: skip
         try:
+            table = self._saved_table(state)
+            costs, promise = self._costs, self._promise
+            if table is not None and table != self._table:
+                costs, promise = self._make_promise(table)
+            own = {"version": _STATE_VERSION, "limits": {limit.name: limit.most for limit in promise.limits},
+                   "steps": self.steps, "number of gates": self._squares.numel()}  # fmt: skip
             saved = {key: state[key] for key in ("version", "limits", "steps")}
             saved["number of gates"] = state["squares"].numel()
             for key, value in own.items():
@@ -347,6 +397,10 @@ class Budget:
                         f"the state was saved with {key} {saved[key]}, this budget has {value}; make the Budget with "
                         "the same arguments on the same model"
                     )
+            if table is not None:
+                promise.load_state_dict(state["latency"]["promise"])
+                self._table, self._costs, self._promise = table, costs, promise
+                self._mixing = self._make_mixing()
             self._learner.load_state_dict(state["learner"])
             if self._levels is not None:
                 self._levels.load_state_dict(state["levels"], self._widths)
@@ -372,12 +426,20 @@ class Budget:
         self._gates.phase = phase
         self._set_pace()
 
+    def _latency_state(self, table: LatencyTable) -> dict[str, Any]:
+        return {"table": table.to_json(), "promise": self._promise.state_dict()}
+
+    def _saved_table(self, state: Mapping[str, Any]) -> LatencyTable | None:
+        """The table in a state; ``None`` if it, or this search, is for no latency."""
+        saved = state.get("latency")
+        return None if saved is None or self._table is None else LatencyTable.from_json(saved["table"], "the state")
+
     # ------------------------------------------------------------------ inside
 
     def _agree_on_draws(self) -> None:
         """One seed for all ranks, from the first rank's generator; the draws themselves need no communication."""
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
-        self._gates.seed(int(_from_first_rank(seed, self.gated.logits.device)))
+        self._gates.seed(int(from_first(seed, self.gated.logits.device)))
 
     def _cost(self, name: str | None) -> tuple[str, Polynomial]:
         name = self._limits[0].name if name is None else name
@@ -406,7 +468,7 @@ class Budget:
             if self._scored:
                 scores.append(self._squares / self._scored)
             logits = initial_ranks(scores, self._widths)
-        self._ranks = _from_first_rank(logits, self.gated.logits.device)
+        self._ranks = from_first(logits, self.gated.logits.device)
         self._gates.phase = "search"
         self._hold()
 
@@ -513,32 +575,3 @@ class Budget:
 
 def _unit(name: str) -> int:
     return {"latency": PICOSECONDS, "memory": MEGABYTE}.get(name, 1)
-
-
-def _latency_table(gated: GatedModel, given: LatencyTable | str | Path | None) -> LatencyTable:
-    if given is None:
-        return LatencyTable.measure(gated)
-    return given if isinstance(given, LatencyTable) else LatencyTable.load(given)
-
-
-def _averaged(gradient: Tensor | None, like: Tensor) -> Tensor | None:
-    """The mean over all ranks, float64 on the CPU; ``None`` where there is none or it is not finite."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        # A rank without a gradient takes part, or the others would wait for it.
-        gradient = torch.zeros_like(like) if gradient is None else gradient.detach().clone()
-        torch.distributed.all_reduce(gradient)
-        gradient = gradient / torch.distributed.get_world_size()
-    if gradient is None or not bool(gradient.isfinite().all()):
-        return None
-    return gradient.detach().cpu().double()
-
-
-def _from_first_rank(values: Tensor, device: torch.device) -> Tensor:
-    """The first rank's values: all ranks must draw from the same logits."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        shared = values.to(device)
-        torch.distributed.broadcast(shared, 0)
-        return shared.cpu()
-    return values

@@ -12,44 +12,45 @@ and a factor, of the least relative errors, that belong to the model and are in 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import functools
 import hashlib
-import itertools
 import json
 import math
 import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunegate.blocks import factors_of
+from prunegate.budget.grids import fit, interpolate, measure_operator, non_negative_least_squares
 from prunegate.budget.limits import PICOSECONDS
-from prunegate.budget.stopwatch import Pool, Timer, time_call, time_in_turn
+from prunegate.budget.stopwatch import Pool, Timer, device_name
 from prunegate.budget.timed import Operator, find_operators
+from prunegate.budget.whole import cut, measure
 from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
-from prunegate.labels.trace import call_model
 from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 
 __all__ = ["LatencyTable"]
 
 _FORMAT = 2
-_SHARES = {1: (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0), 2: (0.125, 0.375, 0.625, 0.8125, 1.0)}
-_SHARES_OF_MANY = (0.25, 0.625, 1.0)
-_MOST_VARIABLES = 3
-_BLOCK = 16  # elements that a kernel's innermost loop takes at once, at most
 _CUTS = (0.75, 0.5, 0.3)  # mean shares kept in the cuts that predictions are calibrated on
 _SPREAD = 0.2  # how far a group's share is from the mean at most
 _DENSE_COUNTS = 3.0  # shares are shares of the dense model's time
+_MOST_PASSES = 8
+_LEAST_SECONDS = 10.0
+_STEADY = 0.98  # of the sum of all times before: a pass that does not lower it further is the last
+_FAR = 1.5  # a factor between operators and whole models that is no longer explained by caches
+
 
 @dataclass
 class LatencyTable:
@@ -81,10 +82,10 @@ class LatencyTable:
             timer: Another engine's timer of one call (``timer(function, args, kwargs)`` gives milliseconds) makes a
                 table for that engine. The model itself is not run by it, so nothing is set off against whole forwards.
             known: A table of the same device to extend.
-            progress: Called with the number of operators done and to do.
+            progress: Called with the number of operators done and to do, in each of several passes over them.
 
         Raises:
-            BudgetError: ``known`` is from another device.
+            BudgetError: ``known`` is from another device, or ``timer`` gave something else than a number of at least 0.
         """
         device = gated.logits.device
         table = cls(device_name(device))
@@ -97,41 +98,104 @@ class LatencyTable:
         operators = find_operators(gated)
         distinct = {operator.key: operator for operator in operators}
         pool = Pool(sum(t.numel() * t.element_size() for t in (*gated.parameters(), *gated.buffers())), device)
+        new = {key: operator for key, operator in distinct.items() if key not in table.operators}
         with torch.no_grad():
-            for done, (key, operator) in enumerate(distinct.items()):
-                if key not in table.operators:
-                    table.operators[key] = _measure(operator, device, pool, timer)
-                if progress is not None:
-                    progress(done + 1, len(distinct))
+            for lowered in table._passes(new, pool, timer, progress):
+                if timer is not None or not lowered:
+                    break
             if timer is None:
                 table._calibrate(gated, operators)
         return table
 
+    def _passes(self, new: Mapping[str, Operator], pool: Pool, timer: Timer | None,
+                progress: Callable[[int, int], None] | None) -> Iterator[bool]:  # fmt: skip
+        """Measures operators again and again, the least times stay; says after each pass whether another is needed.
+
+        What disturbs a machine does so for seconds: it passes over one operator in all its sizes, and over a small
+        model's operators one after the other. So at least two passes are made, and more until they bring nothing.
+        """
+        started, before = time.perf_counter(), math.inf
+        for number in range(_MOST_PASSES):
+            for done, (key, operator) in enumerate(new.items()):
+                measured = measure_operator(operator, pool, timer)
+                if number and measured["sizes"] == self.operators[key]["sizes"]:
+                    pairs = zip(measured["ms"], self.operators[key]["ms"], strict=True)
+                    measured["ms"] = [min(pair) for pair in pairs]
+                self.operators[key] = measured
+                if progress is not None:
+                    progress(done + 1, len(new))
+            total = sum(math.fsum(self.operators[key]["ms"]) for key in new)
+            steady = number > 0 and total > _STEADY * before
+            yield not steady or time.perf_counter() - started < _LEAST_SECONDS
+            before = total
+
     def _calibrate(self, gated: GatedModel, operators: Sequence[Operator]) -> None:
         """Sets off whole forwards of the model, dense and cut, against the sums of their operators."""
-        sums, wholes, weights = [], [], []
-        masks = [(gated.gate_map.start(), _DENSE_COUNTS), *((mask, 1.0) for mask in _cuts_like_a_searchs(gated))]
-        for mask, weight in masks:
-            try:
-                cut = _cut(gated, mask)
-            except ExportError:
-                continue
-            wholes.append(time_call(call_model, (cut, gated.example_input), {}, 1.0, 10))
-            sums.append(self._sum(gated, operators, mask))
-            weights.append(weight)
-        if not wholes:
+        start = gated.gate_map.start()
+        try:
+            dense = cut(gated, start)
+        except ExportError:
             return
-        # Two unknowns need two forwards; with one there is only the factor.
-        columns = np.stack([np.ones(len(sums)), np.array(sums)], axis=1)[:, -min(2, len(sums)) :]
-        relative = np.array(weights) / np.array(wholes)
-        found = _non_negative_least_squares(columns * relative[:, None], np.array(weights))
-        self.overhead[_model_key(operators)] = (float(found[:-1].sum()), float(found[-1]))
+        sums, shares, times = [self._sum(gated, operators, start)], [1.0], []
+        for mask in _cuts_like_a_searchs(gated):
+            with contextlib.suppress(ExportError):
+                found = measure(gated, dense, cut(gated, mask), seconds=2.0)
+                sums.append(self._sum(gated, operators, mask))
+                shares.append(found.share)
+                times.append(found.dense_ms)
+        if not times:
+            return
+        # Each cut ran in turn with the dense model, so its share of that is surer than its time.
+        wholes = float(np.median(times)) * np.array(shares)
+        weights = np.array([_DENSE_COUNTS, *[1.0] * (len(sums) - 1)])
+        columns = np.stack([np.ones(len(sums)), np.array(sums)], axis=1)
+        added, factor = non_negative_least_squares(columns * (weights / wholes)[:, None], weights)
+        self.overhead[_model_key(operators)] = (float(added), float(factor))
+
+    @property
+    def of_this_engine(self) -> bool:
+        """Whether torch's own operators were timed, not another engine's: only they are set off against a model."""
+        return bool(self.overhead)
+
+    def overhead_of(self, gated: GatedModel) -> tuple[float, float]:
+        """Milliseconds of a model's forward beyond its operators, and the factor by which these take longer in it."""
+        return self.overhead.get(_model_key(find_operators(gated)), (0.0, 1.0))
+
+    def doubt(self, gated: GatedModel) -> str | None:
+        """What speaks against the table's times of a model, and what to do about it; ``None`` where nothing does.
+
+        In the model operators take about as long as alone. Where they do not, the machine did something else while the
+        table was measured, or its clock changed.
+        """
+        factor = self.overhead_of(gated)[1]
+        if 1 / _FAR <= factor <= _FAR:
+            return None
+        return (
+            f"the latency table of {self.date or 'no date'} is doubtful: operators take {factor:.2f} times as long in "
+            f"the whole model as alone (expected: {1 / _FAR:.2f} to {_FAR:.2f}), so something else ran while it was "
+            "measured, or the model is so small that calls are all there is to it; measure again while the machine is "
+            "quiet: python tools/latency.py MODEL"
+        )
+
+    def part(self, gated: GatedModel) -> LatencyTable:
+        """The entries that one model needs.
+
+        Raises:
+            BudgetError: The table lacks an operator.
+        """
+        operators = self._known(gated)
+        key = _model_key(operators)
+        return replace(
+            self,
+            operators={operator.key: self.operators[operator.key] for operator in operators},
+            overhead={key: self.overhead[key]} if key in self.overhead else {},
+        )
 
     def _sum(self, gated: GatedModel, operators: Sequence[Operator], mask: Tensor) -> float:
         """Milliseconds of all operators that run under a mask."""
         blocks = factors_of(gated.gate_map.blocks)[0]
         return sum(
-            self._interpolate(operator, operator.live(mask))
+            interpolate(self.operators[operator.key], operator.live(mask))
             for operator in operators
             if operator.runs(mask) and all(bool(mask[gate]) for gate in blocks.get(id(operator.op), ()))
         )
@@ -144,31 +208,40 @@ class LatencyTable:
         """
         return self.predictor(gated)(gated.gate_map.start() if mask is None else mask.cpu())
 
-    def predictor(self, gated: GatedModel) -> Callable[[Tensor], float]:
+    def predictor(self, gated: GatedModel, check: bool = True) -> Callable[[Tensor], float]:
         """Gives milliseconds of a forward for one mask (bool ``[n_gates]``, on the CPU) after another.
+
+        Args:
+            gated: The gated model.
+            check: Whether the model must be on the device that the table was measured on.
 
         Raises:
             BudgetError: The table is of another device, or lacks an operator.
         """
-        self.check(gated.logits.device)
+        if check:
+            self.check(gated.logits.device)
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         return lambda mask: added + scale * self._sum(gated, operators, mask)
 
-    def polynomial(self, gated: GatedModel) -> Polynomial:
+    def polynomial(self, gated: GatedModel, check: bool = True) -> Polynomial:
         """The latency as a cost of the mask, in picoseconds: the non-negative fit of each operator's times.
 
         Measured times rise in steps and widths that fill a kernel's blocks are faster than those beside them, so it is
         scaled to agree with :meth:`predict` at the widths of a search, not at the dense model's.
 
+        Args:
+            gated: The gated model.
+            check: Whether the model must be on the device that the table was measured on.
+
         Raises:
             BudgetError: The table is of another device, or lacks an operator.
         """
-        predict = self.predictor(gated)
+        predict = self.predictor(gated, check)
         operators = self._known(gated)
         added, scale = self.overhead.get(_model_key(operators), (0.0, 1.0))
         blocks = factors_of(gated.gate_map.blocks)[0]
-        fits = {operator.key: _fit(self.operators[operator.key]) for operator in operators}
+        fits = {operator.key: fit(self.operators[operator.key]) for operator in operators}
 
         def build(scale: float) -> Polynomial:
             builder = PolynomialBuilder(gated.logits.numel(), gated.gate_map.start())
@@ -202,21 +275,6 @@ class LatencyTable:
             )
         return operators
 
-    def _interpolate(self, operator: Operator, sizes: Sequence[int]) -> float:
-        entry = self.operators[operator.key]
-        values = np.array(entry["ms"]).reshape([len(axis) for axis in entry["sizes"]])
-        for axis, size in zip(entry["sizes"], sizes, strict=True):
-            # The first axis is resolved each time. Below the smallest size the line goes on, but not below 0, and a
-            # line that rises towards nothing is noise.
-            i = min(max(int(np.searchsorted(axis, size)) - 1, 0), len(axis) - 2) if len(axis) > 1 else 0
-            if len(axis) == 1:
-                values = values[0]
-            else:
-                at = (size - axis[i]) / (axis[i + 1] - axis[i])
-                line = np.maximum(values[i] * (1 - at) + values[i + 1] * at, 0)
-                values = np.minimum(line, values[0]) if at < 0 else line
-        return float(values)
-
     def check(self, device: torch.device) -> None:
         """Raises ``BudgetError`` if the table was measured on another device."""
         name = device_name(device)
@@ -226,20 +284,23 @@ class LatencyTable:
                 "python tools/latency.py MODEL"
             )
 
-    def save(self, path: str | Path) -> None:
-        """Writes the table as JSON."""
-        content = {"format": _FORMAT, **vars(self)}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    def to_json(self) -> str:
+        """The table as JSON."""
+        return json.dumps({"format": _FORMAT, **vars(self)}, indent=1)
 
     @classmethod
-    def load(cls, path: str | Path) -> LatencyTable:
-        """Reads a table that :meth:`save` wrote.
+    def from_json(cls, text: str, source: str) -> LatencyTable:
+        """The table that :meth:`to_json` wrote.
+
+        Args:
+            text: What it wrote.
+            source: Where the text comes from, for messages.
 
         Raises:
-            BudgetError: The file is not one.
+            BudgetError: The text is not one.
         """
         try:
-            content = json.loads(Path(path).read_text())
+            content = json.loads(text)
             if content.pop("format") != _FORMAT:
                 raise ValueError("its format is another")
             if set(content) != {"device", "versions", "date", "operators", "overhead"}:
@@ -251,21 +312,26 @@ class LatencyTable:
                     raise ValueError(f"the times of {key} do not fill their grid")
                 if not all(isinstance(ms, (int, float)) and ms >= 0 and math.isfinite(ms) for ms in entry["ms"]):
                     raise ValueError(f"the times of {key} are not all numbers of at least 0")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BudgetError(f"{path} is not a latency table ({error}); make one with tools/latency.py") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BudgetError(f"{source} is not a latency table ({error}); make one with tools/latency.py") from error
         return table
 
+    def save(self, path: str | Path) -> None:
+        """Writes the table as JSON."""
+        Path(path).write_text(self.to_json() + "\n")
 
-def device_name(device: torch.device) -> str:
-    """The device's own name; a CPU's with its number of threads, on which times depend."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-        return f"{model or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    return str(device)
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """Reads a table that :meth:`save` wrote.
+
+        Raises:
+            BudgetError: The file is not one.
+        """
+        try:
+            text = Path(path).read_text()
+        except (OSError, ValueError) as error:
+            raise BudgetError(f"{path} is not a latency table ({error}); make one with tools/latency.py") from error
+        return cls.from_json(text, str(path))
 
 
 def _dtypes(keys: Iterable[str]) -> set[str]:
@@ -287,86 +353,5 @@ def _cuts_like_a_searchs(gated: GatedModel) -> list[Tensor]:
     return masks
 
 
-def _cut(gated: GatedModel, mask: Tensor) -> nn.Module:
-    """The exported model under a mask; the gated model's own mask and phase stay."""
-    gates = gated.prunegate
-    phase, fixed = gates.phase, gates.fixed_mask.clone()
-    try:
-        gated.mask = mask
-        return gated.export().eval()
-    finally:
-        gates.fixed_mask.copy_(fixed)
-        gates.phase = phase
-
-
 def _model_key(operators: Sequence[Operator]) -> str:
     return hashlib.sha256("\n".join(operator.key for operator in operators).encode()).hexdigest()[:16]
-
-
-def _grid(size: int, shares: Sequence[float]) -> list[int]:
-    """Sizes to measure at, the dense one among them.
-
-    Kernels work on blocks, so times rise in steps. Points in the middle of a block, and in no multiple of 8, make the
-    line between them an average of the steps; points at their edges would make it a lower bound.
-    """
-    sizes = [max(1, round(size * share)) for share in shares]
-    if size >= 4 * _BLOCK:
-        sizes = [at if at == size else min(at // _BLOCK * _BLOCK + _BLOCK // 2 + 1, size) for at in sizes]
-    return sorted(set(sizes))
-
-
-def _measure(operator: Operator, device: torch.device, pool: Pool, timer: Timer | None) -> dict[str, list[Any]]:
-    dense = operator.dense()
-    shares = _SHARES.get(len(dense), _SHARES_OF_MANY)
-    axes = [_grid(size, shares) if i < _MOST_VARIABLES else [size] for i, size in enumerate(dense)]
-    times = []
-    for sizes in itertools.product(*axes):
-        try:
-            if timer is None:
-                make = functools.partial(operator.arguments, sizes, pool, device)
-                times.append(time_in_turn(operator.op.func, make))
-            else:
-                times.append(timer(operator.op.func, *operator.arguments(sizes, pool, device)))
-        except (RuntimeError, IndexError, ValueError):
-            # Some operations cannot run at sizes of our choosing; they are taken to be proportional to their size.
-            times.append(math.nan)
-    if operator.writes():
-        pool.refresh()
-    filled = np.array(times)
-    if np.isnan(filled).any():
-        if np.isnan(filled[-1]):
-            return {"sizes": [[size] for size in dense], "ms": [0.0]}
-        relative = np.array([math.prod(sizes) for sizes in itertools.product(*axes)]) / max(1, math.prod(dense))
-        filled = np.where(np.isnan(filled), filled[-1] * relative, filled)
-    return {"sizes": axes, "ms": [float(f"{ms:.4g}") for ms in filled]}
-
-
-def _fit(entry: dict[str, list[Any]]) -> list[tuple[tuple[int, ...], float]]:
-    """Milliseconds as a sum of products of shares of the dense sizes, with coefficients of at least 0.
-
-    Returns:
-        (numbers of the changing dimensions, coefficient) for every product.
-    """
-    axes = [np.array(axis, dtype=np.float64) / axis[-1] for axis in entry["sizes"]]
-    moving = [i for i, axis in enumerate(axes) if len(axis) > 1]
-    points = np.array(list(itertools.product(*axes)), dtype=np.float64).reshape(len(entry["ms"]), len(axes))
-    times = np.array(entry["ms"], dtype=np.float64)
-    products = [c for n in range(len(moving) + 1) for c in itertools.combinations(moving, n)]
-    columns = np.stack([points[:, list(c)].prod(axis=1) for c in products], axis=1)
-    # Errors count relative to the time, but no time is trusted to less than a hundredth of the longest.
-    weight = 1 / np.maximum(times, 0.01 * max(times.max(), 1e-9))
-    coefficients = _non_negative_least_squares(columns * weight[:, None], times * weight)
-    return [(c, float(value)) for c, value in zip(products, coefficients, strict=True) if value > 0]
-
-
-def _non_negative_least_squares(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The best of all subsets of columns whose unconstrained solution is not negative (eight columns at most)."""
-    best, solution = math.inf, np.zeros(a.shape[1])
-    for n in range(1, a.shape[1] + 1):
-        for chosen in itertools.combinations(range(a.shape[1]), n):
-            found = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
-            error = float(np.square(a[:, chosen] @ found - b).sum())
-            if (found >= 0).all() and error < best * (1 - 1e-9):
-                best, solution = error, np.zeros(a.shape[1])
-                solution[list(chosen)] = found
-    return solution

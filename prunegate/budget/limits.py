@@ -15,9 +15,9 @@ from prunegate.errors import BudgetError
 from prunegate.groups import BLOCK, Group
 from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial
-from prunegate.select import Limit, Width, greatest_mask, least_mask
+from prunegate.select import Limit, Width, greatest_mask, least_mask, least_masks
 
-__all__ = ["MEGABYTE", "PICOSECONDS", "make_limits", "make_widths", "resolve_round_to", "show"]
+__all__ = ["MEGABYTE", "PICOSECONDS", "check_together", "make_limits", "make_widths", "resolve_round_to", "show"]
 
 _LEAST_ABSOLUTE = 1000
 _AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
@@ -91,6 +91,39 @@ def _limit(name: str, value: Any, cost: Polynomial, exact: Callable[[Tensor], in
         remedy = "lower min_keep, round_to or ignore, or ask for more" if most < least else "ask for less"
         raise BudgetError(f"{name}={value!r} is out of reach: that is {show(name, most)}, and {reachable}; {remedy}")
     return Limit(_COST_OF.get(name, name), cost, most)
+
+
+def check_together(limits: Sequence[Limit], widths: Sequence[Width]) -> None:
+    """Refuses budgets each of which can be met, but not all of them at once: operators differ in what they are dear by.
+
+    Raises:
+        BudgetError: No choice of operators that was tried keeps within all; says what each can reach, alone and beside
+            the others.
+    """
+    names = list(dict.fromkeys(limit.name for limit in limits))
+    if len(names) < 2:
+        return
+    masks = list(least_masks(limits, widths))
+    costs = [[limit.cost.exact(mask) for limit in limits] for mask in masks]
+    keeps = [[cost <= limit.most for cost, limit in zip(own, limits, strict=True)] for own in costs]
+    if any(all(own) for own in keeps):
+        return
+    said = []
+    for name in names:
+        at = next(i for i, limit in enumerate(limits) if limit.name == name)
+        cost = limits[at].cost
+        least, most = cost.exact(least_mask(cost, widths)), cost.exact(greatest_mask(cost, widths))
+        others = [i for i, limit in enumerate(limits) if limit.name != name]
+        beside = [own[at] for own, kept in zip(costs, keeps, strict=True) if all(kept[i] for i in others)]
+        found = f"{show(name, min(beside))} or more" if beside else "nothing, as those exclude one another"
+        said.append(
+            f"{name}: {show(name, limits[at].most)} was asked for, reachable is {show(name, least)} to "
+            f"{show(name, most)} alone, and beside the other budgets {found}"
+        )
+    raise BudgetError(
+        f"the budgets cannot be met together. {'; '.join(said)}. Raise one of them, or lower min_keep, round_to or "
+        "ignore"
+    )
 
 
 def show(name: str, value: float) -> str:

@@ -2,18 +2,24 @@
 
 Search and selection work on polynomials. Two costs are more than that: memory is the largest of many sums, and measured
 times rise in steps. Where they differ, what counts is the cost itself, so the choice is corrected until that holds.
+
+Time is a model still: of operators, not of the network. What counts is the network, so where it can be timed a cut is,
+and where it is too slow the model is corrected by what it was wrong by, and the choice made again.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunegate.budget.limits import show
 from prunegate.budget.memory import MemoryModel
+from prunegate.budget.whole import Measured, Trial
 from prunegate.select import Limit, Selection, Width, least_cost, select
 
 __all__ = ["Exact", "Promise"]
@@ -21,6 +27,12 @@ __all__ = ["Exact", "Promise"]
 _CORRECTIONS = 8
 _ENOUGH = 0.99
 _AIM = 0.995  # between enough and all
+_TRIALS = 6
+_NEAR = 0.97  # of the budget, measured: closer than that two measurements of one model are not
+_AT_MOST = 0.99  # of the budget is aimed at, so that noise does not make another measurement of every other one
+_APART = 0.05  # relative; between points that are closer the slope is noise
+_LEAST_SLOPE, _GREATEST_SLOPE = 0.2, 1.5  # of measured over predicted, relative to their ratio
+_NEXT = (0.1, 2.0)  # of the last prediction; nothing further off is tried next
 
 Exact = Callable[[Tensor], int]
 """The cost of a mask, bool ``[n_gates]``, in the units of its polynomial."""
@@ -37,6 +49,11 @@ class Promise:
         start: The mask of the dense model.
         exact: Costs that are not their polynomial, by name.
         memory: Finds the points of memory.
+        trial: Finds out what a cut really takes; ``None`` where only the model of it is to be had.
+        untried: Why there is no trial, for the report.
+        factor: By how much longer than predicted the chosen cut takes; 1 before, and where it was not measured.
+        measured: The chosen cut's time, if it was measured.
+        trials: How many cuts were measured to find it.
     """
 
     limits: list[Limit]
@@ -44,6 +61,11 @@ class Promise:
     start: Tensor
     exact: Mapping[str, Exact]
     memory: MemoryModel | None = None
+    trial: Trial | None = None
+    untried: str = ""
+    factor: float = field(init=False, default=1.0)
+    measured: Measured | None = field(init=False, default=None)
+    trials: int = field(init=False, default=0)
     asked: dict[str, int] = field(init=False)
     _timed: int | None = field(init=False, default=None)  # the number of the limit on predicted time
 
@@ -63,12 +85,16 @@ class Promise:
         return list(first.values())
 
     def used(self, limit: Limit, mask: Tensor) -> int:
-        """What a mask costs."""
+        """What a mask costs: its time as predicted, corrected by what was measured."""
+        predicted = self._predicted(limit, mask)
+        return round(self.factor * predicted) if limit.name == "latency" else predicted
+
+    def _predicted(self, limit: Limit, mask: Tensor) -> int:
         return self.exact[limit.name](mask) if limit.name in self.exact else limit.cost.exact(mask)
 
     def dense(self, limit: Limit) -> int:
         """What the dense model costs."""
-        return self.used(limit, self.start)
+        return self._predicted(limit, self.start)
 
     def choose(self, scores: Tensor) -> Selection:
         """The units that stay: the best choice that keeps within every budget.
@@ -76,7 +102,69 @@ class Promise:
         Raises:
             BudgetError: The budgets cannot be met together.
         """
-        return self._select(scores) if self._timed is None else self._in_time(self._timed, scores)
+        self.factor, self.measured, self.trials = 1.0, None, 0
+        if self._timed is None:
+            return self._select(scores)
+        if self.trial is None:
+            return self._in_time(self._timed, scores)
+        try:
+            return self._tried(self.trial, self._timed, scores)
+        finally:
+            self.trial.end()
+
+    def _tried(self, trial: Trial, number: int, scores: Tensor) -> Selection:
+        """Measures the choice, and corrects the predicted times by the ratio until it keeps within its budget."""
+        limit = self.limits[number]
+        asked = self.asked[limit.name]
+        found: list[tuple[Selection, int, Measured]] = []
+        points: list[tuple[int, int]] = []  # what was predicted, and what was measured
+        while len(found) < _TRIALS:
+            chosen = self._in_time(number, scores)
+            if any(torch.equal(chosen.mask, other.mask) for other, *_ in found):
+                break  # no other choice comes nearer
+            cost = trial.cost(chosen.mask)
+            if cost is None or trial.last is None:
+                self.untried = trial.obstacle
+                warnings.warn(
+                    f"latency: the final cut was not measured ({trial.obstacle}), so that it keeps within the budget "
+                    "is only predicted; measure it with prunegate bench, and ask for less if it is too slow",
+                    stacklevel=2,
+                )
+                if not found:
+                    return chosen
+                break
+            found.append((chosen, cost, trial.last))
+            if _NEAR * asked <= cost <= asked:
+                break
+            points.append((self._predicted(limit, chosen.mask), cost))
+            self.factor = asked / _aim(points, asked)
+        within = [each for each in found if each[1] <= asked]
+        # By score, or where none is fast enough, by time.
+        best = max(within, key=lambda each: each[0].score) if within else min(found, key=lambda each: each[1])
+        chosen, cost, self.measured = best
+        self.factor, self.trials = cost / max(1, self._predicted(limit, chosen.mask)), len(found)
+        if not within:
+            warnings.warn(
+                f"latency: none of {self.trials} cuts keeps within the budget of {show(limit.name, asked)} when it is "
+                f"measured; the fastest takes {self._in_words(self.measured)}, and is kept. Ask for at least that, let "
+                "groups keep less (min_keep, round_to, ignore), or search again while the machine is quiet",
+                stacklevel=2,
+            )
+        return chosen
+
+    @staticmethod
+    def _in_words(measured: Measured) -> str:
+        return f"{measured.slim_ms:.3f} ms, {measured.share:.4f} of the dense model's {measured.dense_ms:.3f} ms"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured: numbers and strings."""
+        return {"factor": self.factor, "trials": self.trials, "untried": self.untried,
+                "measured": None if self.measured is None else asdict(self.measured)}  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave."""
+        self.factor, self.trials, self.untried = float(state["factor"]), int(state["trials"]), str(state["untried"])
+        self.measured = None if state["measured"] is None else Measured(**state["measured"])
 
     def _select(self, scores: Tensor, number: int = 0, most: int | None = None) -> Selection:
         """The best choice under all polynomials, one of which may have another limit, and at every point of memory."""
@@ -102,7 +190,8 @@ class Promise:
         asked = self.asked[limit.name]
         below: tuple[int, int] | None = None  # the greatest limit whose choice kept within the budget, and its time
         above: tuple[int, int] | None = None  # the least whose choice did not
-        best, most = None, limit.most
+        lowest = least_cost(limit.cost, self.widths)
+        best, most = None, max(round(limit.most / self.factor), lowest)
         for _ in range(_CORRECTIONS):
             chosen = self._select(scores, number, most)
             used = self.used(limit, chosen.mask)
@@ -115,14 +204,14 @@ class Promise:
             else:
                 above = (most, used)
             if below is None or above is None:
-                most = max(round(most * asked / used), least_cost(limit.cost, self.widths))
+                most = max(round(most * asked / used), lowest)
             else:
                 share = (_AIM * asked - below[1]) / (above[1] - below[1])
                 most = round(below[0] + share * (above[0] - below[0]))
             if any(end is not None and end[0] == most for end in (below, above)):
                 break
         if best is None:
-            best = self._select(scores, number, least_cost(limit.cost, self.widths))
+            best = self._select(scores, number, lowest)
         return best if self._binds(best.mask) else self._filled(best, scores)
 
     def _binds(self, mask: Tensor) -> bool:
@@ -146,6 +235,13 @@ class Promise:
         score = chosen.score + float(scores[mask].sum() - scores[chosen.mask].sum())
         return replace(chosen, mask=mask, score=score, bound=max(score, chosen.bound), full=True)
 
+    def _where_from(self) -> str:
+        """Whether the chosen cut's time was measured or only predicted."""
+        if self.measured is None:
+            return f"; predicted, not measured: {self.untried}"
+        off = f"{self.factor:.3f} times what the table predicts"
+        return f"; measured: {self._in_words(self.measured)} ({off}; {self.trials} cuts tried)"
+
     def report(self, mask: Tensor, selection: Selection | None) -> str:
         """One line per budget: how much of it is used, and why not more."""
         used = {limit.name: self.used(limit, mask) for limit in self.named()}
@@ -160,7 +256,29 @@ class Promise:
                     line += "; another budget binds"
                 elif selection.full:
                     line += "; one step more of any group would exceed a budget"
+            if limit.name == "latency" and selection is not None:
+                line += self._where_from()
             lines.append(line)
         if selection is not None:
             lines.append(f"score within {selection.gap:.3%} of the linear relaxation's bound around this choice")
         return "\n".join(lines)
+
+
+def _aim(points: Sequence[tuple[int, int]], asked: int) -> float:
+    """The predicted cost at which the measured one is expected to be just within the budget.
+
+    Args:
+        points: Pairs of predicted and measured costs, the last one last.
+        asked: The budget.
+    """
+    predicted, measured = points[-1]
+    predicted, measured = max(1, predicted), max(1, measured)
+    slope = measured / predicted
+    if len(points) > 1:
+        # What no cut saves is the same for all, so a line through two cuts is nearer to the truth than a ratio.
+        other, there = points[-2]
+        if abs(predicted - other) > _APART * predicted:
+            found = (measured - there) / (predicted - other)
+            slope *= min(max(found / slope, _LEAST_SLOPE), _GREATEST_SLOPE)
+    aim = predicted + (_AT_MOST * asked - measured) / slope
+    return min(max(aim, _NEXT[0] * predicted), _NEXT[1] * predicted)
