@@ -41,6 +41,7 @@ bench: $(BENCH)
 	$(BIN)/python tools/bench_gumbel.py
 	$(BIN)/python tools/bench_step.py
 	$(BIN)/python tools/bench_speed.py
+	$(BIN)/python tools/bench_scale.py
 
 coverage: $(DEV)
 	$(BIN)/python tools/coverage.py --timm families --jobs $(WORKERS) --output runs/coverage
