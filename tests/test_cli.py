@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 
 import prunegate
-from prunegate.cli.deployment import deploy
+from prunegate.cli.deployment import deploy, open_onnx
 from prunegate.cli.main import main
 from tests import models
 
@@ -98,10 +101,28 @@ def test_export_command_checks_and_times(
     torch_itself, plain, eight_bits = output(capsys)["targets"]
     assert plain["error"] <= 1e-4
     assert 0 < eight_bits["bytes"] < plain["bytes"]
+    assert eight_bits["same"] in [i / 6 for i in range(7)]
     for record in (torch_itself, plain, eight_bits):
         assert record["milliseconds"] > 0
         assert record["dense_milliseconds"] > 0
     assert {path.name for path in tmp_path.glob("*.onnx")} == {"slim.onnx", "slim.int8.onnx"}
+
+
+@needs_onnx
+def test_eight_bits_are_compared_on_the_images(tmp_path: Path) -> None:
+    """A classifier of two means: 6 images are told apart by far, one by less than a step of eight bits."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8, 2, bias=False)).eval()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[1.0] * 4 + [0.0] * 4, [0.0] * 4 + [1.0] * 4]))
+    images = torch.zeros(7, 2, 2, 2)
+    for i in range(6):
+        images[i, i % 2] = 10.0
+    images[6, 1], images[6, 0] = 5.0, 5.0 + 1e-4
+    (_, eight) = deploy(net, images[:1], tmp_path, ["int8"], calibration=images)
+    found = open_onnx(Path(eight["file"]))(images).argmax(1)
+    assert eight["same"] == pytest.approx(float((found == net(images).argmax(1)).float().mean()))
+    assert found[:6].tolist() == [0, 1] * 3
+    assert eight["same"] >= 6 / 7 - 1e-6
 
 
 @needs_onnx
@@ -113,6 +134,13 @@ def test_what_is_timed_beside_is_the_dense_model(tmp_path: Path) -> None:
 
     records = deploy(layers(100), torch.randn(64, 64), tmp_path, ["onnx"], bench=True, dense=layers(4000))
     assert all(record["dense_milliseconds"] > record["milliseconds"] for record in records)
+
+
+def test_torchscript_is_refused_as_long_as_torch_calls_it_deprecated(tmp_path: Path) -> None:
+    with pytest.warns((DeprecationWarning, FutureWarning), match="`torch.jit.script` is deprecated"):
+        torch.jit.script(torch.nn.Linear(2, 2))
+    with pytest.raises(prunegate.ExportError, match="torchscript was given; expected some of onnx, pt2"):
+        deploy(torch.nn.Linear(3, 2), torch.randn(1, 3), tmp_path, ["torchscript"])
 
 
 def test_a_wrong_export_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +208,20 @@ def test_the_module_is_the_command() -> None:
     assert config["project"]["scripts"]["prunegate"] == "prunegate.cli.main:main"
 
 
+USE = """
+import torch, prunegate
+from prunegate.cli.main import main
+from prunegate.gumbel.backends import backends
+print(prunegate.__file__)
+print(backends()["cpu"])
+net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+gated = prunegate.attach(net, torch.zeros(1, 8))
+gated.mask = torch.arange(16) % 3 > 0
+print(gated.export()[0].out_features)
+raise SystemExit(main(["inspect", "test_resnet"]))
+"""
+
+
 @pytest.mark.slow
 def test_wheel_and_sdist_install_from_a_clean_folder(tmp_path: Path) -> None:
     """Built from what git tracks, installed without this repository, used from another folder."""
@@ -192,13 +234,21 @@ def test_wheel_and_sdist_install_from_a_clean_folder(tmp_path: Path) -> None:
     pytest.importorskip("build", reason="the package `build` is not installed")
     subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source], check=True)
     wheel, sdist = next((tmp_path / "dist").glob("*.whl")), next((tmp_path / "dist").glob("*.tar.gz"))
+    package = {name for name in files if name.startswith("prunegate/") and (ROOT / name).exists()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert package <= set(archive.namelist())
+    with tarfile.open(sdist) as archive:
+        found = {name.split("/", 1)[-1] for name in archive.getnames()}
+    assert {*package, "pyproject.toml", "README.md", "LICENSE"} <= found
     for each in (wheel, sdist, source):
         place = tmp_path / f"target-{each.name}"
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
         subprocess.run([*pip, "--target", place, each], check=True, cwd=tmp_path)
-        assert (place / "prunegate/py.typed").is_file()
-        code = "import prunegate.cli.main as m; print(m.__file__); raise SystemExit(m.main(['inspect', 'test_resnet']))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=tmp_path,
                               env={**os.environ, "PYTHONPATH": str(place)})  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert str(place) in done.stdout
+        where, backend, kept, *command = done.stdout.splitlines()
+        assert where == str(place / "prunegate/__init__.py")
+        assert backend.startswith("available") or shutil.which("cc") is None
+        assert int(kept) < 16
+        assert any("What can be pruned" in line for line in command)

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 
 from data import read_named
 
-__all__ = ["NETWORKS", "Block", "accuracy", "read", "residual", "train", "transformer"]
+__all__ = ["NETWORKS", "Block", "accuracy", "predictions", "read", "residual", "train", "transformer"]
 
 
 class Block(nn.Module):
@@ -67,7 +67,8 @@ def read(folder: str, split: str) -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(part.labels)
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, flops: float | None = None) -> nn.Module:
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, flops: float | None = None,
+          lr: float = 4e-3) -> nn.Module:  # fmt: skip
     """Trains a model in one cycle of the learning rate; with a budget, searches, cuts and gives the slim model.
 
     Args:
@@ -76,12 +77,13 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, flops: 
         labels: Their classes.
         epochs: How often all are seen.
         flops: Share of the dense FLOPs to search for.
+        lr: Largest learning rate of the cycle, AdamW's.
     """
     steps = epochs * (len(images) // 128)
     trained = model if flops is None else prunegate.attach(model.eval(), images[:1])
     budget = None if flops is None else prunegate.Budget(trained, flops=flops, steps=steps)
-    optimizer = torch.optim.AdamW(trained.parameters(), 4e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps)
     trained.train()
     for _ in range(epochs):
         for index in torch.randperm(len(images))[: len(images) // 128 * 128].split(128):
@@ -95,8 +97,12 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, flops: 
     return slim.eval()
 
 
-@torch.no_grad()
 def accuracy(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
     """Share of the images whose class is named, in per cent."""
-    hits = [model(x).argmax(1) == y for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
-    return 100 * float(torch.cat(hits).float().mean())
+    return 100 * float((predictions(model, images) == labels).float().mean())
+
+
+@torch.no_grad()
+def predictions(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """The class that the model names of each image, int64 ``[n]``."""
+    return torch.cat([model(part).argmax(1) for part in images.split(1000)])

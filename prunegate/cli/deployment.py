@@ -49,7 +49,8 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
     Returns:
         One record per target: ``target``, ``file``, ``bytes``, ``error`` (largest difference, where checked; a share of
         the largest output if that is below 1), ``milliseconds`` (median, where timed) and ``dense_milliseconds``. The
-        first is the model itself.
+        first is the model itself. ``"int8"`` has ``same`` too where it is checked and images are given: for what share
+        of them the largest output is the model's; no labels are needed, and the ranges come from these images.
 
     Raises:
         ExportError: A target is not known, cannot be written, or computes something else.
@@ -67,9 +68,11 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
     if dense is not None:
         runners["torch", "dense_milliseconds"] = dense.eval()
     seen = example if calibration is None else calibration
+    written: dict[str, Path] = {}
     for target in targets:
         path = folder / f"{name}{_ENDINGS[target]}"
-        run = _write(target, model, example, path, seen)
+        run = _write(target, model, example, path, seen, written.get("onnx"))
+        written[target] = path
         record: dict[str, Any] = {"target": target, "file": str(path) if path.exists() else None,
                                   "bytes": path.stat().st_size if path.exists() else None}  # fmt: skip
         if check:
@@ -82,22 +85,24 @@ def deploy(model: nn.Module, example: Tensor, folder: Path, targets: Sequence[st
                     f"{target} differs from the model by {record['error']:.3g}; allowed is "
                     f"{_ALLOWED[target]:.0e}"
                 )
+            if target == "int8" and calibration is not None and wanted[0].dim() > 1:
+                record["same"] = _same_class(run, model, calibration)
         records.append(record)
         runners[target, "milliseconds"] = run
         if bench and dense is not None:
             with tempfile.TemporaryDirectory() as place:
                 # Read into memory by its runtime: the file may go before it is timed.
-                other = _write(target, dense, example, Path(place, path.name), seen)
+                other = _write(target, dense, example, Path(place, path.name), seen, None)
             runners[target, "dense_milliseconds"] = other
     if bench:
         _time(records, runners, example)
     return records
 
 
-def _write(target: str, model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
+def _write(target: str, model: nn.Module, example: Tensor, path: Path, calibration: Tensor, plain: Path | None) -> _Run:
     try:
         with _quiet():
-            return TARGETS[target](model, example, path, calibration)
+            return TARGETS[target](model, example, path, calibration, plain)
     except ImportError as error:
         hint = "pip install prunegate[deploy]"
         raise ExportError(f"{target} needs a package that is not here ({error}); {hint}") from error
@@ -113,6 +118,13 @@ def _first(output: Any) -> Tensor:
 
 def _apart(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max() / min(1.0, max(1e-6, float(wanted.abs().max()))))
+
+
+@torch.no_grad()
+def _same_class(run: _Run, model: nn.Module, images: Tensor) -> float:
+    """Share of the images (or of their pixels, where there is an output for each) that both give one class."""
+    equal = torch.cat([run(part).argmax(1) == _first(model(part)).argmax(1) for part in images.split(16)])
+    return int(equal.sum()) / equal.numel()
 
 
 @contextlib.contextmanager
@@ -136,7 +148,7 @@ def _exported(model: nn.Module, example: Tensor) -> Any:
     return torch.export.export(model, (two,), dynamic_shapes=({0: batch},))
 
 
-def _to_pt2(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
+def _to_pt2(model: nn.Module, example: Tensor, path: Path, *_: Any) -> _Run:
     torch.export.save(_exported(model, example), path)
     loaded = torch.export.load(path).module()
 
@@ -147,7 +159,7 @@ def _to_pt2(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) 
     return run
 
 
-def _to_onnx(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
+def _to_onnx(model: nn.Module, example: Tensor, path: Path, *_: Any) -> _Run:
     two = example.repeat(2, *[1] * (example.dim() - 1))[:2]
     program = torch.onnx.export(model, (two,), dynamo=True, input_names=["input"], output_names=["output"],
                                 dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
@@ -173,8 +185,11 @@ def open_onnx(path: Path) -> _Run:
     return run
 
 
-def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
-    """Static quantisation of the ONNX graph: int8 weights per channel, activations in ranges seen on images."""
+def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor, plain: Path | None) -> _Run:
+    """Static quantisation of the ONNX graph: int8 weights per channel, activations in ranges seen on images.
+
+    The graph is read from ``plain`` where the model has just been written there.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -186,15 +201,17 @@ def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor)
             return next(self.left, None)
 
     with tempfile.TemporaryDirectory() as place:
-        plain, ready = Path(place, "plain.onnx"), Path(place, "ready.onnx")
-        _to_onnx(model, example, plain, calibration)
+        ready = Path(place, "ready.onnx")
+        if plain is None:
+            plain = Path(place, "plain.onnx")
+            _to_onnx(model, example, plain)
         quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
         quantize_static(str(ready), str(path), Images("input"), quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
     return open_onnx(path)
 
 
-def _to_compile(model: nn.Module, example: Tensor, path: Path, calibration: Tensor) -> _Run:
+def _to_compile(model: nn.Module, example: Tensor, path: Path, *_: Any) -> _Run:
     compiled = torch.compile(model, dynamic=True)
 
     def run(batch: Tensor) -> Tensor:
@@ -205,7 +222,7 @@ def _to_compile(model: nn.Module, example: Tensor, path: Path, calibration: Tens
     return run
 
 
-TARGETS: dict[str, Callable[[nn.Module, Tensor, Path, Tensor], _Run]] = {
+TARGETS: dict[str, Callable[[nn.Module, Tensor, Path, Tensor, Path | None], _Run]] = {
     "onnx": _to_onnx,
     "pt2": _to_pt2,
     "compile": _to_compile,

@@ -44,13 +44,14 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     if not args.json:
         caption = "error: largest difference from torch (a share of the largest output, where that is below 1)"
         table = Table(title=path.stem, caption=caption)
-        for name in ("target", "file", "megabytes", "error", "milliseconds", "dense", "dense / slim"):
+        for name in ("target", "file", "megabytes", "error", "same class", "milliseconds", "dense", "dense / slim"):
             table.add_column(name, justify="right" if name not in ("target", "file") else "left", overflow="fold")
         for record in records:
             own, other = record.get("milliseconds"), record.get("dense_milliseconds")
             table.add_row(
                 record["target"], record["file"] or "", f"{record['bytes'] / 1e6:.2f}" if record["bytes"] else "",
-                f"{record['error']:.1e}" if "error" in record else "not checked", f"{own:.2f}" if own else "",
+                f"{record['error']:.1e}" if "error" in record else "not checked",
+                f"{record['same']:.1%}" if "same" in record else "", f"{own:.2f}" if own else "",
                 f"{other:.2f}" if other else "", f"{other / own:.2f}" if own and other else "",
             )  # fmt: skip
         console.print(table)
