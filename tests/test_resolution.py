@@ -384,3 +384,9 @@ def test_outputs_that_depend_on_the_size_are_named_with_both_shapes() -> None:
     net = nn.Sequential(Resolution(nn.Conv2d(3, 4, 3, 2), (8, 4)))
     with pytest.raises(prunegate.AttachError, match=r"'8' gives \(1, 4, 3, 3\), '4' gives \(1, 4, 1, 1\)"):
         prunegate.attach(net, torch.zeros(1, 3, 8, 8))
+
+
+def test_module_that_cannot_run_at_a_size_is_named_with_it() -> None:
+    net = nn.Sequential(Resolution(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), (8, 4)))
+    with pytest.raises(prunegate.AttachError, match=r"'4' of the choice '0' does not run.*1x48 and 192x4"):
+        prunegate.attach(net, torch.zeros(1, 3, 8, 8))

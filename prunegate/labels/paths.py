@@ -122,11 +122,24 @@ class Paths:
         outputs = []
         for index in range(len(choice)):
             with self._on(name, index):
-                outputs.append(choice.run(index, args, kwargs))
+                outputs.append(_run(choice, site, index, args, kwargs))
         with self._on(name, ALL):
             total = _sum(outputs, choice, site)
         self.runs.append(Run(name, site, self.current, (args, kwargs), outputs, total))
         return total
+
+
+def _run(choice: Choice, site: str, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return choice.run(index, args, kwargs)
+    except AttachError:
+        raise
+    except Exception as error:
+        given = _shapes(tree_flatten((args, kwargs))[0])
+        raise AttachError(
+            f"the operator {choice.names[index]!r} of the choice {site!r} does not run on what the choice is given "
+            f"({given}): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _sum(outputs: list[Any], choice: Choice, site: str) -> Any:
