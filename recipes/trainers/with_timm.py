@@ -5,11 +5,14 @@
 What is added to its ``main()``, and nothing else (``--show`` prints the result, to be pasted or kept as a file):
 
 1. after ``model = create_model(...)``:
-   ``model = prunegate.attach(model)``
-2. before the loop over epochs:
-   ``budget = prunegate.Budget(model, flops=0.5, steps=...); optimizer.register_step_post_hook(...)``
+   ``import prunegate; model = gated = prunegate.attach(model)``
+2. before the loop over epochs, where ``model`` may have been compiled, wrapped or taken into a task:
+   ``budget = prunegate.Budget(gated, flops=0.5, steps=...); optimizer.register_step_post_hook(...)``
 3. after it:
-   ``prunegate.save(budget.gated.export(), ".../slim.safetensors")``
+   ``budget.finish(); prunegate.save(gated.export(), ".../slim.safetensors")``
+
+The script has to have the names that timm's has: ``optimizer``, ``start_epoch``, ``num_epochs``, ``updates_per_epoch``
+and ``output_dir`` (``None`` on all ranks but one).
 
 Checkpoints of the run are of the gated model; the slim one is ``slim.safetensors`` in its output folder. Averages of
 weights (``--model-ema``) are of no use in a search: each step has another mask.
@@ -25,13 +28,13 @@ from pathlib import Path
 __all__ = ["main", "with_pruning"]
 
 _BUDGET = (
-    "budget = prunegate.Budget(getattr(model, 'module', model), {options}, "
+    "budget = prunegate.Budget(gated, {options}, "
     "steps=max(1, (num_epochs - start_epoch) * updates_per_epoch)); "
     "optimizer.register_step_post_hook(lambda *_: budget.finished or budget.step())"
 )
 _SAVE = (
     "budget.finish(); output_dir is None or "
-    "prunegate.save(budget.gated.export(), os.path.join(output_dir, 'slim.safetensors'))"
+    "prunegate.save(gated.export(), os.path.join(output_dir, 'slim.safetensors'))"
 )
 
 
@@ -56,7 +59,7 @@ def with_pruning(source: str, options: str) -> str:
         raise SystemExit("this script has no main() with `model = create_model(...)` and a loop over epochs")
     lines = source.splitlines()
     additions = [
-        (made[0].end_lineno, "import prunegate; model = prunegate.attach(model)"),
+        (made[0].end_lineno, "import prunegate; model = gated = prunegate.attach(model)"),
         (loops[0].lineno - 1, _BUDGET.format(options=options)),
         (loops[0].end_lineno, _SAVE),
     ]
