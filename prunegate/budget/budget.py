@@ -191,7 +191,8 @@ class Budget:
         return costs, promise
 
     def _make_mixing(self) -> Mixing | None:
-        return Mixing.of(self._widths, [limit.cost for limit in self._limits], self.gated.logits.numel())
+        costs = [limit.cost for limit in self._limits]
+        return Mixing.of(self._widths, costs, self.gated.trace, self.gated.gate_map)
 
     @property
     def _limits(self) -> list[Limit]:
@@ -476,7 +477,7 @@ class Budget:
         """The logits without the shift; a user, or a loaded state, may have changed them."""
         logits = self.gated.logits.detach().cpu()
         if self._ranks is None or self._written is None or not torch.equal(logits, self._written):
-            self._ranks = logits.double() + self._shift * (1.0 if self._mixing is None else self._mixing.tilt)
+            self._ranks = logits.double() + (self._shift if self._mixing is None else self._mixing.taken(self._shift))
         return self._ranks
 
     def _move(self, gradient: Tensor | None) -> None:
@@ -536,7 +537,7 @@ class Budget:
         found = project(ranks, final, self._scale(), self._widths, self._shift, self._mixing)
         self._shift = found.shift
         scores = self._scores(found.logits)
-        self.selection = self._promise.choose(scores)
+        self.selection = self._choose(scores)
         with torch.no_grad():
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
         self._written = self.gated.logits.detach().cpu().clone()
@@ -544,6 +545,14 @@ class Budget:
         if self._levels is not None:
             self._levels.settle(self._scores_under, self._widths)
             self.gated.mask = self._levels.masks[-1]
+
+    def _choose(self, scores: Tensor) -> Selection:
+        """The final choice, in which nothing is spent on operators whose output nothing reads."""
+        selection = self._promise.choose(scores)
+        while self._mixing is not None and self._mixing.spends_unread(scores, selection.mask):
+            scores = self._mixing.without_unread(scores, selection.mask)
+            selection = self._promise.choose(scores)
+        return selection
 
     def _scores_under(self, limit: Limit) -> Tensor:
         """Scores at the chances with which the search meets a limit."""

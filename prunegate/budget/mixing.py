@@ -4,6 +4,10 @@ Units are shifted all alike, because closing any of them saves something. The op
 shift ``b`` takes ``b * t`` off an operator's logit, where ``t`` is its cost between that of the cheapest operator of
 the choice (0) and that of the costliest (1). So one number moves units and choices together, from the costliest network
 to the cheapest.
+
+Where the task alone would spend less than the budget, the shift is a bonus for what is costly. It is paid only where
+what a choice gives is read: behind an operator that lets nothing through no gradient speaks against it, and all of the
+budget would go where it is of no use.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunegate.budget.readers import Readers
+from prunegate.groups import GateMap
+from prunegate.labels.trace import Trace
 from prunegate.polynomial import Polynomial
 from prunegate.select import Width
 
@@ -26,6 +33,9 @@ _LARGEST = 8.0
 _WARM = 0.2  # of the moving part: operators that have hardly been trained cannot be told apart
 _SURE = 8.0
 _LEAST_GAP = 0.01
+_UNDECIDED = 0.1  # logits that are no further apart the final choice may decide for the costlier, if it fits
+_LEAST_READ = 0.05  # what is read less often counts as unread in the final choice
+_LEAST_BONUS = 1e-3  # every cost must be in reach, but what is not read must not be costly before all that is read
 
 
 class Mixing:
@@ -35,15 +45,18 @@ class Mixing:
         widths: What every group may keep; those of choices come last.
         costs: What is limited.
         n_gates: Number of gates.
+        readers: Tells which choices are read.
 
     Attributes:
         tilt: float64 ``[n_gates]``, what a shift of 1 takes off each logit.
         start: float64 ``[n_gates]``, the chances with which a search begins: units open, operators alike.
-        reach: How much further than for units a shift may have to go.
+        reach: How much further than for units a shift may have to go, up and down.
     """
 
-    def __init__(self, widths: Sequence[Width], costs: Sequence[Polynomial], n_gates: int) -> None:
+    def __init__(self, widths: Sequence[Width], costs: Sequence[Polynomial], n_gates: int, readers: Readers) -> None:
         self._widths = [width for width in widths if width.one_of]
+        self._readers = readers
+        self._read = torch.ones(n_gates, dtype=torch.float64)
         self.tilt = torch.ones(n_gates, dtype=torch.float64)
         self.start = torch.ones(n_gates, dtype=torch.float64)
         for width in self._widths:
@@ -61,15 +74,18 @@ class Mixing:
             self.tilt[width.slice] = (own - own.min()) / spread if spread > 0 else 0.0
             steps = self.tilt[width.slice].unique().diff()
             gap = min([gap, *steps[steps > 0].tolist()])
-        self.reach = 1 / max(gap, _LEAST_GAP)
+        self.reach = 1 / max(gap, _LEAST_GAP), 1 / max(gap, _LEAST_GAP) / _LEAST_BONUS
         self._first = torch.zeros(n_gates, dtype=torch.float64)
         self._second = 0.0
         self._steps = 0
 
     @classmethod
-    def of(cls, widths: Sequence[Width], costs: Sequence[Polynomial], n_gates: int) -> Mixing | None:
+    def of(cls, widths: Sequence[Width], costs: Sequence[Polynomial], trace: Trace,
+           gate_map: GateMap) -> Mixing | None:  # fmt: skip
         """The choices of a search, ``None`` if there are none."""
-        return cls(widths, costs, n_gates) if any(width.one_of for width in widths) else None
+        if not any(width.one_of for width in widths):
+            return None
+        return cls(widths, costs, gate_map.n_gates, Readers(trace, gate_map.choices))
 
     def chances(self, logits: Tensor) -> Tensor:
         """The chance of every gate, ``[n_gates]``, from logits divided by the noise."""
@@ -77,6 +93,14 @@ class Mixing:
         for width in self._widths:
             p[width.slice] = torch.softmax(logits[width.slice], 0)
         return p
+
+    def taken(self, shift: float) -> Tensor:
+        """What a shift takes off each logit, float64 ``[n_gates]``; below 0 where it is a bonus."""
+        return shift * (self.tilt if shift >= 0 else self.tilt * self._read.clamp(min=_LEAST_BONUS))
+
+    def listen(self, p: Tensor) -> None:
+        """Finds out which choices are read at some chances, ``[n_gates]``; from now on these get the bonus."""
+        self._read = self._readers.chances(p)
 
     def settle(self, logits: Tensor) -> Tensor:
         """Logits in which choices that are held have their operator for sure; changed in place."""
@@ -123,7 +147,8 @@ class Mixing:
         """The scores with those of operators.
 
         The final choice weighs scores against costs as the search did: a choice counts by how far apart the costs of
-        its operators are, at the rate of score per cost at which units stand.
+        its operators are, at the rate of score per cost at which units stand. The operators of a choice that is not
+        read score alike, so that the cheapest of them stays.
 
         Args:
             scores: float64 ``[n_gates]``, those of units.
@@ -137,15 +162,30 @@ class Mixing:
         found = scores.clone()
         least = max(self._spread) or 1.0
         for width, spread in zip(self._widths, self._spread, strict=True):
-            own = ranks[width.slice]
-            found[width.slice] = rate * (spread if spread > 0 else _LEAST_GAP * least) * (own - own.min())
+            own = ranks[width.slice] + _UNDECIDED * self.tilt[width.slice]
+            worth = rate * (spread if spread > 0 else _LEAST_GAP * least) * (own - own.min())
+            found[width.slice] = worth * (self._read[width.slice] >= _LEAST_READ)
         return found
+
+    def without_unread(self, scores: Tensor, mask: Tensor) -> Tensor:
+        """The scores, 0 for the operators of choices that are not read under a mask: the cheapest of them stays."""
+        read = self._readers.chances(mask.double())
+        choices = torch.zeros_like(mask)
+        for width in self._widths:
+            choices[width.slice] = True
+        return scores.masked_fill(choices & (read == 0), 0.0)
+
+    def spends_unread(self, scores: Tensor, mask: Tensor) -> bool:
+        """Whether a choice that is not read under a mask has scores that tell its operators apart."""
+        return not torch.equal(scores, self.without_unread(scores, mask))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed search needs."""
-        return {"first": self._first.clone(), "second": self._second, "steps": self._steps}
+        return {"first": self._first.clone(), "second": self._second, "steps": self._steps,
+                "read": self._read.clone()}  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state_dict` gave."""
         self._first = state["first"].clone()
         self._second, self._steps = float(state["second"]), int(state["steps"])
+        self._read = state["read"].clone()

@@ -60,7 +60,7 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
     pinned = bool(raised.any())
 
     def logits_at(shift: float) -> Tensor:
-        logits = ranks - shift if mixing is None else mixing.settle(ranks - shift * mixing.tilt)
+        logits = ranks - shift if mixing is None else mixing.settle(ranks - mixing.taken(shift))
         if pinned:
             logits = torch.where(raised, logits.clamp(min=margin), logits)
             logits = torch.where(lowered, logits.clamp(max=-margin), logits)
@@ -76,14 +76,18 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
 
     low, high = float(ranks.min()) - 20 * noise, float(ranks.max()) + 20 * noise
     if mixing is not None:
-        low, high = low * mixing.reach, high * mixing.reach
+        up, down = mixing.reach
+        low, high = low * down, high * up
     shift = min(max(start, low), high)
     for _ in range(_PIN_ROUNDS):
         shift = _root(excess, shift, low, high)
         if not _pin(logits_at(shift), margin, widths, raised, lowered):
             break
         pinned = True
-    return Projection(logits_at(shift), shift)
+    logits = logits_at(shift)
+    if mixing is not None:
+        mixing.listen(mixing.chances(logits / noise))
+    return Projection(logits, shift)
 
 
 def _root(function: Callable[[float], float], start: float, low: float, high: float) -> float:
