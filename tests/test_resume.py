@@ -160,9 +160,11 @@ def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_ctrl_c_finishes_the_step_and_says_how_to_go_on(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     folder, check, seen = tmp_path / "stopped", prune.check_labels, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def checked(*args: Any) -> None:
         seen.append(1)
