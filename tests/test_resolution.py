@@ -18,6 +18,7 @@ from prunegate.budget.memory import MemoryModel
 from prunegate.gated import GatedModel
 from prunegate.rederive import rederive
 from tests.models import random_mask, randomise, relative_error
+from tests.test_choice import weighted_masks
 from tests.zoo import ZOO, Tricky, Unit
 
 OF_ONE_SIZE = {"ClassToken", "Halo", "NormAfterFlatten", "WindowShift"}
@@ -208,20 +209,12 @@ def test_expected_costs_are_those_of_all_architectures_weighted_by_their_chances
     x = torch.randn(1, 2, 6, 6)
     gated = prunegate.attach(net, x)
     gated.logits.data = torch.randn(gated.logits.numel())
-    chances = gated.prunegate.probabilities().detach().double()
     choices = list(gated.gate_map.choices.values())
-    units = range(choices[0].start)
-    assert len(units) == 5
+    assert choices[0].start == 5  # units
     expected = {"flops": 0.0, "params": 0.0}
-    for bits in itertools.product((False, True), repeat=len(units)):
-        for picked in itertools.product(*(range(own.start, own.stop) for own in choices)):
-            mask = torch.zeros(gated.logits.numel(), dtype=torch.bool)
-            mask[: len(units)] = torch.tensor(bits)
-            mask[list(picked)] = True
-            chance = float(torch.where(mask, chances, 1 - chances)[: len(units)].prod())
-            chance *= float(chances[list(picked)].prod())
-            expected["flops"] += chance * gated.cost.flops(mask)
-            expected["params"] += chance * gated.cost.params(mask)
+    for mask, chance in weighted_masks(gated):
+        expected["flops"] += chance * gated.cost.flops(mask)
+        expected["params"] += chance * gated.cost.params(mask)
     assert gated.cost.expected_flops().item() == pytest.approx(expected["flops"], rel=1e-6)
     assert gated.cost.expected_params().item() == pytest.approx(expected["params"], rel=1e-6)
     gated.cost.expected_flops().backward()
