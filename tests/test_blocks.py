@@ -242,7 +242,7 @@ def test_predicted_latency_leaves_removed_branches_out() -> None:
 def test_a_branch_is_worth_what_goes_with_it() -> None:
     branch = SimpleNamespace(tensors={"branch.weight"}, call=object(), calls=frozenset())
     dims = {("branch.weight", 0): torch.tensor([0, 2]), ("other.weight", 0): torch.tensor([1])}
-    gate_map = GateMap(torch.zeros(1, dtype=torch.int64), dims, 4, blocks={3: branch})  # type: ignore[dict-item]
+    gate_map = GateMap(torch.zeros(1, dtype=torch.int64), dims, 4, blocks={3: branch})
     worth = gate_map.worth(torch.tensor([0.5, 0.25, 2.0, 0.1]))
     torch.testing.assert_close(worth, torch.tensor([0.5, 0.25, 2.0, 0.1 * (1 + 0.5 + 2.0)]))
 

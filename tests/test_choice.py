@@ -334,7 +334,7 @@ def searching(paths: str, **more: Any) -> tuple[GatedModel, list[Counting]]:
     gated = prunegate.attach(net, torch.ones(1, 3), units=(), paths=paths, **more)
     gated.logits.data = torch.tensor([0.0, 0.5, -0.5, 0.2])
     gated.prunegate.phase = "search"
-    return gated.train(), list(gated.model[0].operators)  # type: ignore[index]
+    return gated.train(), list(gated.model[0].operators)
 
 
 def step(gated: GatedModel, operators: list[Counting]) -> tuple[float, list[int], Tensor]:

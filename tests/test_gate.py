@@ -68,7 +68,7 @@ def test_one_distribution_gives_the_log_prob_of_many_indices() -> None:
 @pytest.mark.parametrize("n", [1, 0, 2.5, True])
 def test_number_of_alternatives_is_checked(n: object) -> None:
     with pytest.raises(prunegate.SamplerError, match="2 or more"):
-        prunegate.Gate(n)  # type: ignore[arg-type]
+        prunegate.Gate(n)
 
 
 def test_wrong_use_is_refused() -> None:

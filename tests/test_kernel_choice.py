@@ -78,7 +78,7 @@ def test_small_kernels_are_the_centre_of_the_large_one() -> None:
         cut = (7 - size) // 2
         weight = conv.weight[:, :, cut : 7 - cut, cut : 7 - cut]
         expected = F.conv2d(x, weight, conv.bias, stride=2, padding=size // 2)
-        torch.testing.assert_close(gated.export()[0](x), expected)  # type: ignore[index,operator]
+        torch.testing.assert_close(gated.export()[0](x), expected)
 
 
 def test_expected_parameters_of_a_kernel_are_exact() -> None:

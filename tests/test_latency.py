@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import json
 import math
 from pathlib import Path
@@ -14,7 +13,6 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import prunegate
@@ -23,6 +21,7 @@ from prunegate.budget.latency import LatencyTable, _model_key
 from prunegate.budget.stopwatch import Pool, time_in_turn
 from prunegate.budget.timed import find_operators
 from prunegate.groups import Group
+from tests.timers import Stopwatch, chain
 
 
 def made_up(function: Any, args: Any, kwargs: Any) -> float:
@@ -33,20 +32,6 @@ def made_up(function: Any, args: Any, kwargs: Any) -> float:
     if "convolution" in str(function) or "addmm" in str(function):
         total += 1e-7 * others[0].numel()
     return total
-
-
-class Stopwatch(TorchDispatchMode):
-    """Adds up the made-up times of what really runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Times an operation that is not a view."""
-        if not func.is_view and "unsafe_view" not in str(func) and any(isinstance(a, Tensor) for a in args):
-            self.total += made_up(func, [a.clone() if isinstance(a, Tensor) else a for a in args], kwargs or {})
-        return func(*args, **(kwargs or {}))
 
 
 def make(name: str) -> tuple[GatedModel, Tensor]:
@@ -63,12 +48,7 @@ def made(name: str) -> tuple[GatedModel, Tensor, LatencyTable]:
 
 
 def small() -> GatedModel:
-    torch.manual_seed(0)
-    widths = [8, 96, 200, 160, 64]
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
-    return prunegate.attach(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 36, 5)), torch.randn(1, 8, 6, 6))
+    return chain(8, 96, 200, 160, 64)
 
 
 def random_mask(gated: GatedModel, seed: int) -> Tensor:
@@ -88,7 +68,7 @@ def test_predictions_agree_with_the_times_of_the_exported_model(name: str) -> No
         mask = random_mask(gated, seed)
         gated.mask = mask
         slim = gated.export().eval()
-        with torch.no_grad(), Stopwatch() as watch:
+        with torch.no_grad(), Stopwatch(made_up) as watch:
             slim(x)
         assert table.predict(gated, mask) == pytest.approx(watch.total, rel=0.03)
         assert cost.exact(mask) / 1e9 == pytest.approx(watch.total, rel=0.03)

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import prunegate
@@ -20,6 +19,7 @@ from prunegate import Budget, BudgetError, GatedModel
 from prunegate.budget import stopwatch, tables, whole
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.whole import Measured, measure
+from tests.timers import Stopwatch, chain
 
 
 def of_operator(function: Any, args: Any, kwargs: Any) -> float:
@@ -27,20 +27,6 @@ def of_operator(function: Any, args: Any, kwargs: Any) -> float:
     function(*args, **kwargs)
     first, *others = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     return 0.001 + 1e-5 * first.numel() + (1e-5 * others[0].numel() if "convolution" in str(function) else 0.0)
-
-
-class Sum(TorchDispatchMode):
-    """Adds up the made-up times of what runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Times an operation that is not a view."""
-        if not func.is_view and any(isinstance(arg, Tensor) for arg in args):
-            self.total += of_operator(func, [a.clone() if isinstance(a, Tensor) else a for a in args], kwargs or {})
-        return func(*args, **(kwargs or {}))
 
 
 class Engine:
@@ -57,7 +43,7 @@ class Engine:
     def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> float:
         """Milliseconds of one call."""
         self.calls += 1
-        with torch.no_grad(), Sum() as watch:
+        with torch.no_grad(), Stopwatch(of_operator) as watch:
             model(*args, **kwargs)
         if self.dense is None:
             self.dense = watch.total
@@ -65,12 +51,7 @@ class Engine:
 
 
 def small() -> GatedModel:
-    torch.manual_seed(0)
-    widths = [8, 48, 100, 80, 32]
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
-    return prunegate.attach(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 36, 5)), torch.randn(1, 8, 6, 6))
+    return chain(8, 48, 100, 80, 32)
 
 
 def share_of(gated: GatedModel, real: Any) -> float:
@@ -136,7 +117,7 @@ def test_milliseconds_are_those_that_were_measured() -> None:
     assert budget.measured is not None
     assert 0.96 * most < budget.measured.slim_ms <= most
     slim = gated.export().eval()
-    with torch.no_grad(), Sum() as watch:
+    with torch.no_grad(), Stopwatch(of_operator) as watch:
         slim(gated.example_input)
     assert 1.15 * watch.total == pytest.approx(budget.measured.slim_ms)
 
@@ -215,7 +196,7 @@ def test_a_check_that_is_no_timer_is_refused() -> None:
     gated = small()
     table = LatencyTable.measure(gated, timer=of_operator)
     with pytest.raises(BudgetError, match=r"latency_check='yes' was given; expected True, False, or a function"):
-        Budget(gated, latency=0.5, latency_table=table, latency_check="yes", steps=10)  # type: ignore[arg-type]
+        Budget(gated, latency=0.5, latency_table=table, latency_check="yes", steps=10)
 
 
 def test_a_timer_that_fails_late_does_not_end_the_search() -> None:
@@ -400,7 +381,7 @@ def _rank(rank: int, folder: str) -> None:
     def failing(cls: Any, gated: GatedModel, **_: Any) -> LatencyTable:
         raise RuntimeError("out of memory")
 
-    LatencyTable.measure = classmethod(failing)  # type: ignore[method-assign,assignment]
+    LatencyTable.measure = classmethod(failing)
     with pytest.raises((BudgetError, RuntimeError)) as caught:
         tables.table_for(gated, None)
     assert ("out of memory" if rank == 0 else "the first process could not measure") in str(caught.value)
@@ -409,7 +390,7 @@ def _rank(rank: int, folder: str) -> None:
         # Every process would measure something else; of this only the first one's may count.
         return plain(gated, timer=lambda *call: (1 + rank) * of_operator(*call) ** (1 + 0.2 * rank))
 
-    LatencyTable.measure = classmethod(measured)  # type: ignore[method-assign,assignment]
+    LatencyTable.measure = classmethod(measured)
 
     def timer(model: nn.Module, args: Any, kwargs: Any) -> float:
         assert rank == 0, "one process measures"

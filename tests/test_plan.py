@@ -56,7 +56,7 @@ def cuts(draw: st.DrawFn) -> tuple[tuple[int, int], list[int], list[int], list[i
 
     first = [subset(size) for size in shape]
     second = [subset(len(kept)) for kept in first]
-    return shape, first, second  # type: ignore[return-value]
+    return shape, first, second
 
 
 @given(cuts())

@@ -277,7 +277,7 @@ def test_single_path_runs_one_resolution_and_all_paths_weigh_them() -> None:
         net = nn.Sequential(Resolution(Sizes(), (8, 4)), nn.Linear(2, 2))
         gated = prunegate.attach(net, x, units=(), paths=paths).train()
         gated.prunegate.phase = "search"
-        seen = gated.model[0].resized.module.seen  # type: ignore[index]
+        seen = gated.model[0].resized.module.seen
         seen.clear()
         for _ in range(40):
             gated(x)
@@ -317,7 +317,7 @@ def test_resolution_of_a_whole_model_saved_and_loaded(tmp_path: Path) -> None:
     prunegate.save(slim, tmp_path / "slim.safetensors", builder=whole)
     twin = prunegate.load(tmp_path / "slim.safetensors", allow=("tests.test_resolution",))
     torch.testing.assert_close(twin(made()[1]), slim(made()[1]), rtol=0, atol=0)
-    assert twin.resize.size == 12  # type: ignore[union-attr]
+    assert twin.resize.size == 12
 
 
 def whole() -> nn.Module:
@@ -366,11 +366,11 @@ def test_malformed_sizes_are_refused(sizes: Any, message: str) -> None:
 
 def test_what_is_no_module_and_unknown_modes_are_refused() -> None:
     with pytest.raises(prunegate.AttachError, match=r"a builtin.*torch.nn.Module"):
-        Resolution(torch.tanh, (8, 4))  # type: ignore[arg-type]
+        Resolution(torch.tanh, (8, 4))
     with pytest.raises(prunegate.AttachError, match=r"mode='cubic'.*bicubic"):
         Resolution(nn.Identity(), (8, 4), mode="cubic")
     with pytest.raises(prunegate.AttachError, match="key=3"):
-        Resolution(nn.Identity(), (8, 4), key=3)  # type: ignore[arg-type]
+        Resolution(nn.Identity(), (8, 4), key=3)
 
 
 def test_outputs_that_depend_on_the_size_are_named_with_both_shapes() -> None:

@@ -505,6 +505,7 @@ class Budget:
 
     def _hold(self) -> None:
         """Writes logits whose expected costs are on target, at the noise of the step to come."""
+        self._listen()
         self._set_pace()
         assert self._ranks is not None
         ranks = self._ranks.masked_fill(self._held, _HELD_OPEN)
@@ -514,6 +515,11 @@ class Budget:
         with torch.no_grad():
             self.gated.logits.copy_(found.logits.masked_fill(self._held, _HELD_OPEN))
         self._written = self.gated.logits.detach().cpu().clone()
+
+    def _listen(self) -> None:
+        """The logits as they are decide which choices are read, and so which get a bonus in those to come."""
+        if self._mixing is not None and self._written is not None:
+            self._mixing.listen(self.gated.logits.detach().cpu().double() / self._scale())
 
     def _scores(self, logits: Tensor) -> Tensor:
         """The chance that the search draws a unit; where chances saturate, the logits themselves still order units.
@@ -526,11 +532,13 @@ class Budget:
         if self._mixing is None:
             return self.gated.gate_map.worth(scores)
         # Where the target had to be reached by a bonus for what is costly, the final choice keeps the bonus.
-        mixed = self._mixing.score(scores, logits + max(self._shift, 0.0) * self._mixing.tilt)
+        untilted = logits + max(self._shift, 0.0) * self._mixing.tilt
+        mixed = self._mixing.score(scores, untilted, logits / self._scale())
         return self.gated.gate_map.worth(mixed)
 
     def _settle(self) -> None:
         """Chooses the final mask, at the noise with which a search ends, whenever that is."""
+        self._listen()
         self._gates.tau, self._gates.noise = self._tau.end, self._noise.end
         ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)
         final = [(limit.cost, float(limit.most)) for limit in self._limits]

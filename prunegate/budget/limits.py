@@ -100,8 +100,10 @@ def check_together(limits: Sequence[Limit], widths: Sequence[Width]) -> None:
         BudgetError: No choice of operators that was tried keeps within all; says what each can reach, alone and beside
             the others.
     """
-    names = list(dict.fromkeys(limit.name for limit in limits))
-    if len(names) < 2:
+    first: dict[str, int] = {}  # where each budget's limit stands; one on memory has a limit for every point
+    for at, limit in enumerate(limits):
+        first.setdefault(limit.name, at)
+    if len(first) < 2:
         return
     masks = list(least_masks(limits, widths))
     costs = [[limit.cost.exact(mask) for limit in limits] for mask in masks]
@@ -109,8 +111,7 @@ def check_together(limits: Sequence[Limit], widths: Sequence[Width]) -> None:
     if any(all(own) for own in keeps):
         return
     said = []
-    for name in names:
-        at = next(i for i, limit in enumerate(limits) if limit.name == name)
+    for name, at in first.items():
         cost = limits[at].cost
         least, most = cost.exact(least_mask(cost, widths)), cost.exact(greatest_mask(cost, widths))
         others = [i for i, limit in enumerate(limits) if limit.name != name]

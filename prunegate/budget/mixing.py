@@ -98,9 +98,9 @@ class Mixing:
         """What a shift takes off each logit, float64 ``[n_gates]``; below 0 where it is a bonus."""
         return shift * (self.tilt if shift >= 0 else self.tilt * self._read.clamp(min=_LEAST_BONUS))
 
-    def listen(self, p: Tensor) -> None:
-        """Finds out which choices are read at some chances, ``[n_gates]``; from now on these get the bonus."""
-        self._read = self._readers.chances(p)
+    def listen(self, logits: Tensor) -> None:
+        """Finds out which choices are read at logits divided by the noise; from now on these get the bonus."""
+        self._read = self._readers.chances(self.chances(logits))
 
     def settle(self, logits: Tensor) -> Tensor:
         """Logits in which choices that are held have their operator for sure; changed in place."""
@@ -143,7 +143,7 @@ class Mixing:
                 moved[width.slice] = (own - own.mean()).clamp(-_LARGEST, _LARGEST)
         return moved
 
-    def score(self, scores: Tensor, ranks: Tensor) -> Tensor:
+    def score(self, scores: Tensor, ranks: Tensor, logits: Tensor) -> Tensor:
         """The scores with those of operators.
 
         The final choice weighs scores against costs as the search did: a choice counts by how far apart the costs of
@@ -153,7 +153,9 @@ class Mixing:
         Args:
             scores: float64 ``[n_gates]``, those of units.
             ranks: float64 ``[n_gates]``, logits without the tilt.
+            logits: float64 ``[n_gates]``, divided by the noise, which decide what is read.
         """
+        read = self._readers.chances(self.chances(logits))
         unit = torch.ones_like(scores, dtype=torch.bool)
         for width in self._widths:
             unit[width.slice] = False
@@ -164,7 +166,7 @@ class Mixing:
         for width, spread in zip(self._widths, self._spread, strict=True):
             own = ranks[width.slice] + _UNDECIDED * self.tilt[width.slice]
             worth = rate * (spread if spread > 0 else _LEAST_GAP * least) * (own - own.min())
-            found[width.slice] = worth * (self._read[width.slice] >= _LEAST_READ)
+            found[width.slice] = worth * (read[width.slice] >= _LEAST_READ)
         return found
 
     def without_unread(self, scores: Tensor, mask: Tensor) -> Tensor:

@@ -84,10 +84,7 @@ def project(ranks: Tensor, costs: Sequence[tuple[Polynomial, float]], noise: flo
         if not _pin(logits_at(shift), margin, widths, raised, lowered):
             break
         pinned = True
-    logits = logits_at(shift)
-    if mixing is not None:
-        mixing.listen(mixing.chances(logits / noise))
-    return Projection(logits, shift)
+    return Projection(logits_at(shift), shift)
 
 
 def _root(function: Callable[[float], float], start: float, low: float, high: float) -> float:

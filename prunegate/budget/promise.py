@@ -73,7 +73,7 @@ class Promise:
         """Where a polynomial does not reach as low as the cost itself, its limit is as low as it reaches."""
         self.asked = {limit.name: limit.most for limit in self.limits}
         for number, limit in enumerate(self.limits):
-            if limit.name == "latency":
+            if _is_timed(limit):
                 self._timed = number
                 self.limits[number] = replace(limit, most=max(limit.most, least_cost(limit.cost, self.widths)))
 
@@ -87,7 +87,7 @@ class Promise:
     def used(self, limit: Limit, mask: Tensor) -> int:
         """What a mask costs: its time as predicted, corrected by what was measured."""
         predicted = self._predicted(limit, mask)
-        return round(self.factor * predicted) if limit.name == "latency" else predicted
+        return round(self.factor * predicted) if _is_timed(limit) else predicted
 
     def _predicted(self, limit: Limit, mask: Tensor) -> int:
         return self.exact[limit.name](mask) if limit.name in self.exact else limit.cost.exact(mask)
@@ -122,8 +122,8 @@ class Promise:
             chosen = self._in_time(number, scores)
             if any(torch.equal(chosen.mask, other.mask) for other, *_ in found):
                 break  # no other choice comes nearer
-            cost = trial.cost(chosen.mask)
-            if cost is None or trial.last is None:
+            timed = trial.run(chosen.mask)
+            if timed is None:
                 self.untried = trial.obstacle
                 warnings.warn(
                     f"latency: the final cut was not measured ({trial.obstacle}), so that it keeps within the budget "
@@ -133,7 +133,8 @@ class Promise:
                 if not found:
                     return chosen
                 break
-            found.append((chosen, cost, trial.last))
+            cost, measured = timed
+            found.append((chosen, cost, measured))
             if _NEAR * asked <= cost <= asked:
                 break
             points.append((self._predicted(limit, chosen.mask), cost))
@@ -256,12 +257,17 @@ class Promise:
                     line += "; another budget binds"
                 elif selection.full:
                     line += "; one step more of any group would exceed a budget"
-            if limit.name == "latency" and selection is not None:
+            if _is_timed(limit) and selection is not None:
                 line += self._where_from()
             lines.append(line)
         if selection is not None:
             lines.append(f"score within {selection.gap:.3%} of the linear relaxation's bound around this choice")
         return "\n".join(lines)
+
+
+def _is_timed(limit: Limit) -> bool:
+    """Whether a limit is on time, which alone can be measured where others are counted."""
+    return limit.name == "latency"
 
 
 def _aim(points: Sequence[tuple[int, int]], asked: int) -> float:

@@ -102,7 +102,6 @@ class Trial:
             are asked for.
 
     Attributes:
-        last: The last cut's result.
         obstacle: Why the last cut could not be measured.
 
     Raises:
@@ -112,14 +111,16 @@ class Trial:
     def __init__(self, gated: GatedModel, device: str, timer: Timer | None, whole: int | None) -> None:
         self._gated, self._device, self._timer, self._whole = gated, device, timer, whole
         self._dense: nn.Module | None = None
-        self.last: Measured | None = None
         self.obstacle = ""
         if timer is not None and ranks.is_first():
             # A timer that does not work must not come to light when the search is nearly over.
             _asked(timer, cut(gated, gated.gate_map.start()), fit_inputs(gated.example_input, gated))
 
-    def cost(self, mask: Tensor) -> int | None:
-        """Picoseconds of the model under a mask, as a budget counts them; ``None`` where they cannot be measured."""
+    def run(self, mask: Tensor) -> tuple[int, Measured] | None:
+        """What the model under a mask takes: picoseconds as a budget counts them, and what was measured.
+
+        ``None`` where it cannot be measured; ``obstacle`` then says why.
+        """
         where = self._gated.logits.device
         slim, problem = None, ""
         here = device_name(where)
@@ -147,8 +148,8 @@ class Trial:
         if any(math.isnan(value) for value in shared):
             self.obstacle = problem or "the first process could not time the cut model"
             return None
-        self.last = Measured(*shared)
-        return round(self.last.slim_ms * PICOSECONDS if self._whole is None else self.last.share * self._whole)
+        result = Measured(*shared)
+        return round(result.slim_ms * PICOSECONDS if self._whole is None else result.share * self._whole), result
 
     def end(self) -> None:
         """Lets go of the dense model."""

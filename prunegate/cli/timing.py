@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from prunegate.budget.stopwatch import time_in_turn
 from prunegate.cli.models import example_for, open_dense, open_model
 from prunegate.flops import count_flops
 
@@ -52,29 +53,16 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 @torch.inference_mode()
 def latencies(models: Mapping[str, nn.Module], inputs: Tensor, seconds: float = 2.0) -> dict[str, float]:
-    """Median milliseconds of one forward of each model, one run of each in turn.
+    """Median milliseconds of one forward of each model, the models in turn.
 
     Args:
         models: By name; put into eval mode.
         inputs: What they run on.
-        seconds: How long to go on, at least; never less than nine rounds.
+        seconds: How long to go on, at least; never less than nine turns.
     """
-    wait = torch.cuda.synchronize if inputs.is_cuda else lambda: None
-    for model in models.values():
-        model.eval()
-        for _ in range(3):
-            model(inputs)
-    found: dict[str, list[float]] = {name: [] for name in models}
-    started, rounds = time.perf_counter(), 0
-    while rounds < 9 or time.perf_counter() - started < seconds:
-        for name, model in models.items():
-            wait()
-            before = time.perf_counter()
-            model(inputs)
-            wait()
-            found[name].append((time.perf_counter() - before) * 1e3)
-        rounds += 1
-    return {name: statistics.median(values) for name, values in found.items()}
+    calls = [functools.partial(model.eval(), inputs) for model in models.values()]
+    turns = time_in_turn(calls, inputs.is_cuda, seconds, least_rounds=9)
+    return dict(zip(models, np.median(turns, axis=0).tolist(), strict=True))
 
 
 def _draw(found: dict[str, Any], console: Console) -> None:

@@ -174,11 +174,11 @@ def test_wrong_arguments_are_explained() -> None:
     ]:
         for sample in (gumbel_softmax, gumbel_sigmoid):
             with pytest.raises(SamplerError, match=words):
-                sample(logits, **{"hard": True, **arguments})  # type: ignore[arg-type]
+                sample(logits, **{"hard": True, **arguments})
     with pytest.raises(SamplerError, match="floating point"):
         gumbel_softmax(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(SamplerError, match="must be a tensor"):
-        gumbel_sigmoid([0.0])  # type: ignore[arg-type]
+        gumbel_sigmoid([0.0])
     with pytest.raises(SamplerError, match="dim must be from -2 to 1"):
         gumbel_softmax(logits, dim=2)
     with pytest.warns(UserWarning, match="no effect"):

@@ -166,7 +166,7 @@ def test_gradient_is_that_of_a_factor_on_the_output(name: str, paths: str) -> No
     for seed in range(12):
         torch.manual_seed(seed)
         out = gated(x)
-        route = gated.prunegate.sample.routes["choice"]  # type: ignore[index]
+        route = gated.prunegate.sample.routes["choice"]
         seen += 0 in route.running
         out.square().sum().backward(retain_graph=True)
         found = gated.prunegate.take_gradient()
@@ -184,7 +184,7 @@ def test_gates_act_where_it_is_cheap_and_nowhere_else(name: str) -> None:
     make, kind, parameters = OPERATORS[name]
     gated, _ = searching([make(), nn.Tanh()])
     first, second = endings(gated.trace)["choice"]
-    assert first == Ending(kind, first.parameters)  # type: ignore[arg-type]
+    assert first == Ending(kind, first.parameters)
     assert set(first.parameters) == {f"choice.operators.0.{name}" for name in parameters}
     assert second == Ending("output")
 
@@ -235,7 +235,7 @@ def test_a_skip_that_is_changed_in_place_later_is_copied() -> None:
     gated.prunegate.phase = "search"
     for _ in range(8):
         gated.train()(x).sum().backward()
-    assert bool(gated.prunegate.take_gradient().any())  # type: ignore[union-attr]
+    assert bool(gated.prunegate.take_gradient().any())
 
 
 def test_an_outer_gate_acts_through_an_inner_choice() -> None:
