@@ -170,19 +170,44 @@ def least_masks(limits: Sequence[Limit], widths: Sequence[Width]) -> Iterator[Te
     """Masks in which every group keeps as little as it may, with operators that are cheap by one cost or by several.
 
     Without choices of operators there is one such mask. With them an operator may be cheap by one cost and dear by
-    another, so the operators are those of the least price for several mixtures of the costs, the even one first.
+    another, so the operators are those of the least price for several mixtures of the costs, the even one first. No
+    mixture finds an operator that is fair by every cost and the best by none: last come the same masks after exchanges.
     """
     start = least_mask(limits[0].cost, [width for width in widths if not width.one_of])
     corners = np.eye(len(limits))
     even = np.full(len(limits), 1 / len(limits))
     mixes = [even, *corners, *((1 - t) * a + t * b for a, b in itertools.combinations(corners, 2) for t in _BETWEEN)]
-    for mix in mixes if any(width.one_of for width in widths) else mixes[:1]:
+    choices = [width for width in widths if width.one_of]
+    found = []
+    for mix in mixes if choices else mixes[:1]:
 
         def price(p: Tensor, mix: _Floats = mix) -> Tensor:
             parts = zip(mix.tolist(), limits, strict=True)
             return torch.stack([w * each.cost.gradient(p) / max(each.most, 1) for w, each in parts]).sum(0)
 
-        yield _with_operators(start, price, widths, dearest=False)
+        found.append(_with_operators(start, price, widths, dearest=False))
+        yield found[-1]
+    if choices:
+        yield from (_exchanged(mask, limits, choices) for mask in found)
+
+
+def _exchanged(mask: Tensor, limits: Sequence[Limit], choices: Sequence[Width]) -> Tensor:
+    """The mask after exchanges of one operator at a time, each of which lowers the largest share of any limit."""
+
+    def largest(mask: Tensor) -> float:
+        return max(limit.cost.exact(mask) / max(limit.most, 1) for limit in limits)
+
+    least, before = largest(mask), float("inf")
+    while 1 < least < before:
+        before = least
+        for width in choices:
+            for option in width.operators():
+                other = mask.clone()
+                other[width.slice] = False
+                other[width.slice.start + option] = True
+                if largest(other) < least:
+                    mask, least = other, largest(other)
+    return mask
 
 
 def _with_operators(mask: Tensor, price: Callable[[Tensor], Tensor], widths: Sequence[Width], dearest: bool) -> Tensor:
@@ -305,10 +330,13 @@ class _Problem:
         """The gate of a cheap operator of each choice where little else is kept, by the choice's first gate."""
         if not any(width.one_of for width in widths):
             return {}
-        masks = list(least_masks(self.limits, widths))
-        fitting = (mask for mask in masks if all(each.cost.exact(mask) <= each.most for each in self.limits))
-        mask = next(fitting, masks[0])
+        masks = least_masks(self.limits, widths)
+        first = next(masks)
+        mask = next((mask for mask in itertools.chain([first], masks) if self._fits(mask)), first)
         return {w.slice.start: w.slice.start + int(mask[w.slice].int().argmax()) for w in widths if w.one_of}
+
+    def _fits(self, mask: Tensor) -> bool:
+        return all(limit.cost.exact(mask) <= limit.most for limit in self.limits)
 
     def _worthwhile(self, width: Width, price: _Floats, cheapest: int) -> _Ints:
         """Gates of operators, the cheapest first, each of them dearer than the one before it and of greater score."""

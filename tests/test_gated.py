@@ -1,6 +1,7 @@
 """The gated model as an ``nn.Module`` among others: names, modes, copies, precision, checkpointing, bad input."""
 
 import copy
+import gc
 
 import pytest
 import timm
@@ -41,6 +42,19 @@ def test_attach_leaves_the_model_as_it_was(model: nn.Module, x: torch.Tensor) ->
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(hasattr(tensor, "_prunegate_node") for tensor in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_attach_leaves_the_collection_of_garbage_as_it_was(enabled: bool, model: nn.Module, x: torch.Tensor) -> None:
+    (gc.enable if enabled else gc.disable)()
+    try:
+        prunegate.attach(model, x)
+        assert gc.isenabled() is enabled
+        with pytest.raises(AttachError):
+            prunegate.attach(model, x[:, :1])
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
 
 
 def test_parameters_are_shared_under_the_users_names(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -401,6 +402,39 @@ def _rank(rank: int, folder: str) -> None:
     budget.finish()
     torch.save({"mask": gated.mask, "report": budget.report(), "share": budget.measured.share}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _rank_that_cannot_cut(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    gated = small()
+    table = LatencyTable.measure(gated, timer=of_operator)
+    budget = Budget(gated, latency=0.5, latency_table=table, latency_check=Engine(slower), steps=10)
+    cut = whole.cut
+
+    def failing(gated: GatedModel, mask: Tensor) -> nn.Module:
+        if rank == 1:
+            raise RuntimeError("out of memory")
+        return cut(gated, mask)
+
+    whole.cut = failing
+    with pytest.warns(UserWarning, match="out of memory" if rank else "another process could not make the cut model"):
+        budget.finish()
+    assert budget.measured is None
+    torch.save(gated.mask, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_that_cannot_cut_stops_the_measurements_of_all(tmp_path: Path) -> None:
+    running = torch.multiprocessing.spawn(_rank_that_cannot_cut, (str(tmp_path),), nprocs=2, join=False)
+    end = time.monotonic() + 120
+    try:
+        while not running.join(timeout=1):
+            assert time.monotonic() < end, "the ranks wait for each other"
+    finally:
+        for process in running.processes:
+            process.kill()
+    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)))
 
 
 def test_ranks_choose_the_same_mask_by_the_first_ones_measurements(tmp_path: Path) -> None:

@@ -91,6 +91,29 @@ def test_chances_between_masks_are_those_of_independent_readers() -> None:
     assert read[own["inner.operators.0.0"]].tolist() == [1.0, 1.0, 1.0]  # where it runs at all
 
 
+class InPlace(nn.Module):
+    """One choice is added to a buffer by an operation that returns nothing, another is only added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.unread = edge(3), edge(3)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, 2]."""
+        read, total, aside = self.read(x), x.clone(), self.unread(x)
+        torch._foreach_add_([total], [read])
+        aside.add_(total)
+        return self.head(total.mean((2, 3)))
+
+
+def test_what_is_written_in_place_is_read_and_what_it_is_written_to_is_not() -> None:
+    gated, _ = made(InPlace())
+    read = Readers(gated.trace, gated.gate_map.choices).chances(gated.mask.double())
+    assert read[gated.gate_map.choices["read"]].tolist() == [1.0] * 3
+    assert read[gated.gate_map.choices["unread"]].tolist() == [0.0] * 3
+
+
 def test_choices_with_one_key_are_read_where_one_of_them_is() -> None:
     net = nn.Sequential(edge(3, "k"), edge(3), edge(3, "k"), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     gated, _ = made(net)
@@ -133,9 +156,16 @@ def searched(steps: int = 60) -> tuple[GatedModel, prunegate.Budget]:
 
 def test_budget_is_spent_on_what_is_read() -> None:
     gated, budget = searched()
+    own = gated.gate_map.choices
     for _ in range(60):
         if budget.phase == "search":
             assert budget.expected() == pytest.approx(budget.target(), rel=2e-3)
+        if budget.step_count == 40:
+            # Far more for the convolution that is read, and what evaluation sees meanwhile has no other.
+            logits = gated.logits.detach()
+            bonus = {name: float(logits[own[name]][0] - logits[own[name]][1]) for name in ("before", "beside")}
+            assert bonus["beside"] > 10 * abs(bonus["before"])
+            assert gated.eval().chosen["before"] != "conv"
         budget.step()
     assert gated.chosen["gate"] == "none"
     assert gated.chosen["beside"] == "conv"
@@ -156,6 +186,20 @@ def test_final_choice_closes_what_its_own_closing_of_another_leaves_unread() -> 
     assert gated.chosen["beside"] == "conv"
 
 
+def test_several_budgets_are_spent_on_what_is_read() -> None:
+    gated, _ = searched()
+    closed = gated.logits.detach().clone()
+    budget = prunegate.Budget(gated, flops=[1.0, 0.7], steps=10)
+    with torch.no_grad():
+        gated.logits.copy_(closed)
+    budget.finish()
+    for share in (1.0, 0.7):
+        slim = gated.export(flops=share)
+        assert isinstance(slim.gate, Nothing)
+        assert isinstance(slim.beside, nn.Sequential)
+        assert not isinstance(slim.before, nn.Sequential)
+
+
 def test_resumed_search_pays_the_same_bonus() -> None:
     gated, budget = searched(20)
     for _ in range(9):
@@ -164,6 +208,8 @@ def test_resumed_search_pays_the_same_bonus() -> None:
     other, resumed = searched(20)
     other.logits.data.copy_(logits)
     resumed.load_state_dict(state)
+    for each in (gated, other):  # a user's change is on top of the bonus that was paid
+        each.logits.data[0] += 0.5
     for _ in range(3):
         budget.step()
         resumed.step()

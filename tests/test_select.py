@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from prunegate.budget.limits import check_together
 from prunegate.errors import BudgetError
 from prunegate.polynomial import Polynomial, PolynomialBuilder
 from prunegate.select import Limit, Width, least_cost, select
@@ -184,3 +186,19 @@ def test_a_thousand_layers() -> None:
     chosen = select(random_scores(flops.n_gates, 0), [Limit("flops", flops, flops.dense // 2)],
                     [Width(s, 1, 10**6) for s in slices])  # fmt: skip
     assert chosen.gap < 1e-4
+
+
+def test_an_operator_that_is_fair_by_every_cost_is_found_though_it_is_the_best_by_none() -> None:
+    costs = []
+    for each in ((13, 9, 0), (0, 9, 13)):
+        builder = PolynomialBuilder(3)
+        for gate, cost in enumerate(each):
+            builder.add(cost, [torch.tensor([gate])])
+        costs.append(builder.build())
+    limits = [Limit("flops", costs[0], 10), Limit("params", costs[1], 10)]
+    widths = [Width(slice(0, 3), 1, 1, one_of=True)]
+    check_together(limits, widths)
+    assert select(torch.tensor([1.0, 0.5, 1.0]), limits, widths).mask.tolist() == [False, True, False]
+    tight = [replace(limit, most=8) for limit in limits]
+    with pytest.raises(BudgetError, match="cannot be met together"):
+        check_together(tight, widths)

@@ -32,9 +32,6 @@ from tools.fashion import NETWORKS, accuracy, predictions, read, train
 
 __all__ = ["build", "main", "measure"]
 
-# Networks that are built for one size of image, and the size here: two patches a side at least.
-_BUILT_FOR = {"vit_tiny_patch16_224": 64, "deit_tiny_distilled_patch16_224": 64, "mixer_s32_224": 64,
-              "swin_tiny_patch4_window7_224": 32}  # fmt: skip
 _COLUMNS = ("network", "dense", "dense int8", "dense kB", "slim", "slim int8", "slim kB", "slim int8 kB", "same, %")
 
 
@@ -42,8 +39,10 @@ def build(name: str) -> tuple[nn.Module, int, float]:
     """A network for one channel and ten classes, the side of its images in pixels, and a learning rate for it."""
     if name in NETWORKS:
         return NETWORKS[name](), 28, 4e-3
-    sized = {"img_size": _BUILT_FOR[name]} if name in _BUILT_FOR else {}
-    return timm.create_model(name, in_chans=1, num_classes=10, **sized), _BUILT_FOR.get(name, 32), 1e-3
+    # What is built for one size is so for patches and windows of up to 32 pixels: two of them a side.
+    fixed = timm.get_pretrained_cfg_value(name, "fixed_input_size")
+    side = 64 if fixed else 32
+    return timm.create_model(name, in_chans=1, num_classes=10, **({"img_size": side} if fixed else {})), side, 1e-3
 
 
 def measure(name: str, images: Tensor, labels: Tensor, calibration: Tensor, test: tuple[Tensor, Tensor], epochs: int,

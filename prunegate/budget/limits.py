@@ -105,11 +105,13 @@ def check_together(limits: Sequence[Limit], widths: Sequence[Width]) -> None:
         first.setdefault(limit.name, at)
     if len(first) < 2:
         return
-    masks = list(least_masks(limits, widths))
-    costs = [[limit.cost.exact(mask) for limit in limits] for mask in masks]
-    keeps = [[cost <= limit.most for cost, limit in zip(own, limits, strict=True)] for own in costs]
-    if any(all(own) for own in keeps):
-        return
+    costs: list[list[int]] = []
+    keeps: list[list[bool]] = []
+    for mask in least_masks(limits, widths):
+        costs.append([limit.cost.exact(mask) for limit in limits])
+        keeps.append([cost <= limit.most for cost, limit in zip(costs[-1], limits, strict=True)])
+        if all(keeps[-1]):
+            return
     said = []
     for name, at in first.items():
         cost = limits[at].cost

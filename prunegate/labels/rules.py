@@ -151,10 +151,10 @@ def _move(op: Op, plane: Tensor, shape: Sequence[int]) -> Sequence[Tensor]:
         return [_reshaped(plane, shape, op.out.shape)]
     if op.name in ("clone", "to_copy", "contiguous", "lift_fresh", "detach", "alias"):
         return [plane]
-    if op.name in _WITHIN_DIMS:
-        dims = op.args[_WITHIN_DIMS[op.name]]
-        within = {dim % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)}
-        if within and within.isdisjoint(varying(plane)):
+    dims = op.args[_WITHIN_DIMS.get(op.name, len(op.args)) :][:1]  # a roll need not name any: then it is one of all
+    if dims and dims[0] != []:
+        within = {dim % len(shape) for dim in (dims if isinstance(dims[0], int) else dims[0])}
+        if within.isdisjoint(varying(plane)):
             return [plane]
     out = op.func(plane.expand(shape), *_plain(op.args[1:]), **_plain(op.kwargs))
     return [out] if isinstance(out, Tensor) else list(out)

@@ -1,7 +1,11 @@
 """Neither batch nor resolution costs labels anything, and what is not computed looks as if it had been."""
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from prunegate.labels.rules import _reshaped
-from prunegate.labels.shapes import Blanks, plain_name
+from prunegate.labels.rules import _move, _reshaped
+from prunegate.labels.shapes import Blanks, _is_blank, plain_name
 from prunegate.labels.trace import trace
 from tests.labels.test_units import as_set, found_units
 from tests.zoo import ZOO
@@ -70,27 +74,56 @@ def test_views_of_nothing(shape: tuple[int, ...]) -> None:
     assert _reshaped(torch.zeros([1] * len(shape), dtype=torch.int64), shape, (0,)).shape == (0,)
 
 
+@pytest.mark.parametrize("varies", [(1,), (2,), (1, 2), (0,), (0, 1, 2)])
+@pytest.mark.parametrize(("func", "args"), [
+    (aten.roll.default, ([1], [1])), (aten.roll.default, ([1, 2], [1, -1])), (aten.roll.default, ([5],)),
+    (aten.roll.default, ([5], [])),
+    (aten.flip.default, ([1],)), (aten.flip.default, ([-1, 0],)),
+    (aten.index_select.default, (1, torch.tensor([2, 0, 0]))),
+])  # fmt: skip
+def test_a_plane_moves_as_the_tensor_does(func: Any, args: tuple[Any, ...], varies: tuple[int, ...]) -> None:
+    shape = (2, 3, 4)
+    sizes = [size if dim in varies else 1 for dim, size in enumerate(shape)]
+    plane = torch.arange(1, math.prod(sizes) + 1).reshape(sizes)
+    op = SimpleNamespace(name=plain_name(func), func=func, args=(None, *args), kwargs={})
+    expected = func(plane.expand(shape), *args)
+    (got,) = _move(op, plane, shape)
+    assert torch.equal(got.expand(expected.shape), expected)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="says how much memory a process holds on Linux")
+def test_a_blank_takes_no_memory() -> None:
+    blanks, before = Blanks(), resident()
+    blank = blanks.make((2**8, 2**20), torch.empty(0))  # 1 GiB
+    assert resident() - before < 2**26
+    assert float(blank[-1, -1]) == 0
+
+
 @pytest.mark.parametrize("call", [
-    lambda x: (aten.roll.default, (x, [3, 1], [2, 3]), {}),
-    lambda x: (aten.max_pool2d_with_indices.default, (x, [3, 3], [2, 2], [1, 1]), {}),
-    lambda x: (aten.clone.default, (x.permute(0, 2, 3, 1),), {"memory_format": torch.contiguous_format}),
-    lambda x: (aten.argmax.default, (x, 1), {}),
-    lambda x: (aten.var_mean.correction, (x, [2, 3]), {"correction": 0, "keepdim": True}),
-    lambda x: (aten.gt.Scalar, (x, 0.0), {}),
-    lambda x: (aten.sum.dim_IntList, (x.permute(0, 2, 3, 1), [3]), {}),
-    lambda x: (aten.add_.Scalar, (x, 1.0), {}),
-    lambda x: (aten.unbind.int, (x, 1), {}),
-], ids=lambda call: str(call(torch.zeros(1, 1, 8, 8))[0]))  # fmt: skip
+    lambda x, turned: (aten.roll.default, (x, [3, 1], [2, 3]), {}),
+    lambda x, turned: (aten.max_pool2d_with_indices.default, (x, [3, 3], [2, 2], [1, 1]), {}),
+    lambda x, turned: (aten.clone.default, (turned,), {"memory_format": torch.contiguous_format}),
+    lambda x, turned: (aten.argmax.default, (x, 1), {}),
+    lambda x, turned: (aten.var_mean.correction, (x, [2, 3]), {"correction": 0, "keepdim": True}),
+    lambda x, turned: (aten.gt.Scalar, (x, 0.0), {}),
+    lambda x, turned: (aten.sum.dim_IntList, (turned, [3]), {}),
+    lambda x, turned: (aten.add_.Scalar, (x, 1.0), {}),
+    lambda x, turned: (aten.unbind.int, (x, 1), {}),
+], ids=lambda call: str(call(None, None)[0]))  # fmt: skip
 def test_what_is_not_computed_looks_computed(call: Callable) -> None:
-    blanks = Blanks()
-    source = blanks.make((2, 3, 128, 128), torch.empty(0))
-    func, args, kwargs = call(source)
+    blanks, order = Blanks(), [0, 2, 3, 1]
+    source, real = blanks.make((2, 3, 128, 128), torch.empty(0)), torch.randn(2, 3, 128, 128)
+    func, args, kwargs = call(source, blanks.run(aten.permute.default, "permute", (source, order), {}))
     got = blanks.run(func, plain_name(func), args, kwargs)
-    func, args, kwargs = call(torch.randn(2, 3, 128, 128))
-    expected = func(*args, **kwargs)
-    for ours, real in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+    func, args, kwargs = call(real, real.permute(order))
+    for ours, theirs in zip(tree_leaves(got), tree_leaves(func(*args, **kwargs)), strict=True):
         assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (
-            real.shape, real.stride(), real.dtype, real.device)  # fmt: skip
+            theirs.shape, theirs.stride(), theirs.dtype, theirs.device)  # fmt: skip
+        assert _is_blank(ours)
 
 
 def test_what_needs_values_is_computed() -> None:

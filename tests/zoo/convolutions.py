@@ -71,6 +71,28 @@ class ChannelShuffle(Tricky):
             yield conv_out("b", i) | conv_in("head", i)
 
 
+class RolledChannels(Tricky):
+    """Channels move along, turn round and are picked again: each consumer has them in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(*sizes, 1) for sizes in ((3, 5), (5, 4), (5, 4), (5, 4)))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        picked = x.index_select(1, torch.tensor([4, 0, 3, 1, 2]))
+        x = self.b(torch.roll(x, (1, 2), (1, 3))) + self.c(x.flip(1, 2)) + self.d(picked)
+        return self.head(x.relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            at = [4, 0, 3, 1, 2].index(i)
+            yield conv_out("a", i) | conv_in("b", (i + 1) % 5) | conv_in("c", 4 - i) | conv_in("d", at)
+        for i in range(4):
+            yield conv_out("b", i) | conv_out("c", i) | conv_out("d", i) | conv_in("head", i)
+
+
 class SqueezeExcite(Tricky):
     """The gate of a squeeze-and-excite branch has the channels that it multiplies."""
 
