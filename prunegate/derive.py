@@ -68,8 +68,9 @@ def derive(trace: Trace, gate_map: GateMap, mask: Tensor, example_input: Any) ->
             set_attributes_back(slim, trace.changed)  # the model may have run since it was traced
             call_model(slim, inputs)
 
+    written = frozenset(node.base.uid for op in trace.ops for node in op.written if node.base is not None)
     plan = derive_plan(
-        trace.model, removal.calls, kept, tensors, run, inputs, choices, removal.replaced, removal.edits
+        trace.model, removal.calls, kept, tensors, run, inputs, choices, removal.replaced, removal.edits, written
     )
     return with_choices(trace.model, plan)
 

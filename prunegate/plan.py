@@ -70,7 +70,7 @@ class Argument:
         kind: ``"size"``: entry ``index`` of the sizes of a view, reshape, expand and the like (from the end where
             negative; ``name`` is ``"sequence"`` where one expression gives them all). ``"argument"``: the argument at
             position ``index``, the object of a method counted as 0, also known by the keyword ``name``.
-            ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript.
+            ``"start"``, ``"stop"``, ``"index"``: of item ``index`` of a subscript; an index may be a list of positions.
             ``"split"``: the sections of a split; a ``chunk`` becomes a ``split`` for it. ``"widths"``: of multi-head
             attention, the number of heads, the widths of queries and values, and the width that the scale is for.
             ``"operand"``: nothing is computed, the argument at position ``index`` takes the call's place (a copy of it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunegate.labels.endings import endings
-from prunegate.labels.record import Node, Op, nodes_in
+from prunegate.labels.record import Node, nodes_in
 from prunegate.labels.trace import Trace
 
 __all__ = ["Readers"]
@@ -79,7 +79,7 @@ class _Reached:
             for node in op.outputs:
                 bits = 1 << totals[node.uid] if node.uid in totals else before
                 self._add(node, bits)
-            for node in _written(op):
+            for node in op.written:
                 self._add(node, before)
 
     def _add(self, node: Node, bits: int) -> None:
@@ -92,13 +92,6 @@ class _Reached:
         for node in nodes:
             bits |= self._bits.get((node.base or node).uid, 0)
         return bits
-
-
-def _written(op: Op) -> Iterable[Node]:
-    """What an operation changes among its arguments, whether or not it returns it."""
-    for number, argument in enumerate(op.func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from nodes_in(op.args[number] if number < len(op.args) else op.kwargs.get(argument.name))
 
 
 def _row(bits: int, n: int) -> Tensor:

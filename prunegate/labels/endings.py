@@ -14,7 +14,7 @@ An operator whose output is zero whatever comes in needs no gate: its gradient i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -87,21 +87,13 @@ class _Uses:
                     self.read.setdefault(node.source.uid, []).append(op)
             for node in nodes_in(op.out):
                 self.made[node.uid] = op
-            for node in _changed_by(op):
+            for node in op.written:
                 self.written |= {node.uid, *(() if node.base is None else (node.base.uid,))}
 
     def is_written(self, nodes: Iterable[Node]) -> bool:
         """Whether an operation changes one of these, or what shares its memory, in place."""
         return any(node.uid in self.written or (node.base is not None and node.base.uid in self.written)
                    for node in nodes)  # fmt: skip
-
-
-def _changed_by(op: Op) -> Iterator[Node]:
-    if not op.func._schema.is_mutable:
-        return
-    for argument, value in zip(op.func._schema.arguments, op.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from nodes_in(value)
 
 
 @dataclass(eq=False)

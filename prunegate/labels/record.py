@@ -166,6 +166,15 @@ class Op:
     call: Call | None
     path: tuple[tuple[str, int], ...] = ()
 
+    @property
+    def written(self) -> Iterator[Node]:
+        """The nodes among the arguments that the operation changes, whether or not it returns them."""
+        if not self.func._schema.is_mutable:
+            return
+        for number, argument in enumerate(self.func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from nodes_in(self.args[number] if number < len(self.args) else self.kwargs.get(argument.name))
+
 
 # Frames of these packages stand between the user's line and the mode that sees the call; they are never edited.
 _INTERNAL = ("/torch/overrides.py", "/torch/functional.py", "/torch/nn/functional.py", "/torch/_tensor.py",

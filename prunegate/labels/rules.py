@@ -75,7 +75,7 @@ _POINTWISE = frozenset(
 # Rearrangements that are not views.
 _MOVEMENT = frozenset(
     "clone to_copy contiguous unsafe_view reshape_alias roll flip repeat repeat_interleave pixel_shuffle "
-    "pixel_unshuffle channel_shuffle native_channel_shuffle lift_fresh unsafe_split unsafe_split_with_sizes "
+    "pixel_unshuffle lift_fresh unsafe_split unsafe_split_with_sizes "
     "split_with_sizes tril triu rot90 alias expand_copy view_copy unfold_copy index_select gather embedding "
     "reshape_copy".split()
 )
@@ -268,6 +268,19 @@ def _constant_pad(algebra: Algebra, op: Op) -> None:
             if plane.shape[source.ndim - 1 - i] == 1:
                 widths[2 * i] = widths[2 * i + 1] = 0
         planes.append(F.pad(plane, widths))  # new positions get label 0: they stay
+    algebra.put(op.out, planes)
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _channel_shuffle(algebra: Algebra, op: Op) -> None:
+    """Channels go to where they go now only if every group of them loses the same ones."""
+    source, groups = op.args[:2]
+    planes = []
+    for plane in algebra.get(source):
+        if 1 in varying(plane):
+            one = algebra.coarsen_or_freeze(plane.unflatten(1, (groups, -1)), [1], "shuffled with other groups")
+            plane = one.transpose(1, 2).expand(-1, -1, groups, *plane.shape[2:]).flatten(1, 2)
+        planes.append(plane)
     algebra.put(op.out, planes)
 
 
@@ -758,4 +771,3 @@ def _per_channel(algebra: Algebra, op: Op, source: Node, vectors: list[Node], pl
         shaped = [place(plane.flatten(), 1, ndim) for plane in algebra.get(node)]
         operands.append((shaped, frozenset([1]) if node.numel() > 1 else frozenset()))
     algebra.put(op.outputs[0], algebra.align(operands, "scale and shift") if vectors else planes)
-

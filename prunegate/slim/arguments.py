@@ -76,9 +76,9 @@ def find_argument(source: FunctionSource, node: ast.expr | ast.stmt, argument: A
         if argument.index >= len(items):
             return None
         item = items[argument.index]
-        if isinstance(item, ast.Slice):
-            return {"start": item.lower, "stop": item.upper}.get(argument.kind)
-        return item if argument.kind == "index" else None
+        if argument.kind == "index":
+            return item
+        return {"start": item.lower, "stop": item.upper}[argument.kind] if isinstance(item, ast.Slice) else None
     if argument.kind == "size":
         if not isinstance(node, ast.Call) or argument.name == SEQUENCE:
             return None

@@ -55,7 +55,7 @@ AttributeKey = tuple[str, str]
 def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Mapping[tuple[str, int], Tensor],
                 run: Callable[[nn.Module], Any], inputs: Any = None,
                 choices: Mapping[str, Chosen] | None = None, removed: Sequence[str] = (),
-                edits: Sequence[CallEdit] = ()) -> Plan:  # fmt: skip
+                edits: Sequence[CallEdit] = (), written: frozenset[int] = frozenset()) -> Plan:  # fmt: skip
     """Finds the plan that cuts a model to what is kept.
 
     Args:
@@ -68,6 +68,7 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
         choices: The operators that take the place of choices; ``calls`` are those that are made then.
         removed: Modules that an identity stands in for; ``calls`` are those that are made then.
         edits: What is known to change at calls.
+        written: Numbers of the traced tensors into whose memory something is written through a view.
 
     Returns:
         The plan. The model that it leaves runs through the same calls, with results of the shapes that are kept.
@@ -77,7 +78,7 @@ def derive_plan(model: nn.Module, calls: Sequence[Call], kept: Kept, tensors: Ma
     """
     draft = replace(_tensor_plan(model, tensors), choices=choices or {}, removed=tuple(removed), calls=tuple(edits))
     draft = draft.without_removed()
-    return _Derivation(model, calls, Live(kept), draft, run, inputs).plan()
+    return _Derivation(model, calls, Live(kept, written), draft, run, inputs).plan()
 
 
 def _tensor_plan(model: nn.Module, tensors: Mapping[tuple[str, int], Tensor]) -> Plan:

@@ -89,12 +89,15 @@ class Given:
         given = self.get(index, name)
         given = tuple(given) if isinstance(given, list) else given
         self.numbers.append(Number(Argument("argument", index, name), given, right))
-        if given == right:
-            return
+        if given != right:
+            self.set(index, name, right)
+
+    def set(self, index: int, name: str, value: Any) -> None:
+        """Puts a value in the place of the argument at ``index``, or by keyword."""
         if index < len(self.args):
-            self.args[index] = right
+            self.args[index] = value
         else:
-            self.kwargs[name] = right
+            self.kwargs[name] = value
 
 
 def check_call(call: Call, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], live: Live) -> Given:
@@ -263,12 +266,9 @@ def _subscript_item(given: Given, source: Node, dim: int, at: int, dense: Any, n
     if isinstance(dense, slice):
         start, stop, step = dense.indices(size)
         if step != 1:
-            kept = live.positions(source, dim)
-            assert kept is not None
-            wanted = torch.cumsum(kept, 0)[start:stop:step][kept[start:stop:step]] - 1
-            if wanted.tolist() != list(range(*now.indices(live.count(source, dim)))):
-                raise Unrepairable("every so many of positions that can be removed")
-            return now
+            if isinstance(given.call.out, Node) and live.is_written(given.call.out):
+                raise Unrepairable("every so many of positions that can be removed, written into")
+            return _picked(given, Argument("index", at), source, dim, list(range(start, stop, step)), now)
         right = live.count(source, dim, start), live.count(source, dim, max(start, stop))
         bounds = now.indices(live.count(source, dim))[:2]
         for kind, is_now, must in zip(("start", "stop"), bounds, right, strict=True):
@@ -281,7 +281,85 @@ def _subscript_item(given: Given, source: Node, dim: int, at: int, dense: Any, n
         right_index = live.count(source, dim, dense % size)
         given.numbers.append(Number(Argument("index", at), now % live.count(source, dim), right_index))
         return right_index
-    raise Unrepairable("positions that can be removed, picked by a tensor")
+    return _picked(given, Argument("index", at), source, dim, _listed(dense), now)
+
+
+def _listed(index: Any) -> list[int]:
+    """The positions that an index picks one by one, known without an input."""
+    if isinstance(index, Node) and index.value is not None and not index.depends and not index.value.is_meta:
+        index = index.value.tolist() if index.dtype is not torch.bool else None
+    if isinstance(index, list | tuple) and all(map(_is_int, index)):
+        return list(index)
+    raise Unrepairable("positions that can be removed, picked by a tensor that is no list of numbers")
+
+
+def _picked(given: Given, argument: Argument, source: Node, dim: int, dense: Sequence[int], now: Any) -> Any:
+    """Notes where the picked positions that stay are after the cut, and returns an index that picks them."""
+    kept = given.live.positions(source, dim)
+    if kept is None:
+        return now
+    rank = (torch.cumsum(kept, 0) - 1).tolist()
+    right = tuple(rank[position] for position in dense if bool(kept[position]))
+    is_now: Any = now
+    if isinstance(now, slice):
+        is_now = tuple(range(*now.indices(given.live.count(source, dim))))
+    elif isinstance(now, Node):
+        is_now = tuple(_listed(now))
+    elif isinstance(now, Tensor):
+        is_now = tuple(now.tolist())
+    elif isinstance(now, list):
+        is_now = tuple(now)
+    given.numbers.append(Number(argument, is_now, right))
+    if is_now == right:
+        return now
+    return now.new_tensor(right) if isinstance(now, Tensor) else list(right)
+
+
+def _index_select(given: Given) -> None:
+    source, dim, index = given.call.args[0], given.dense(1, "dim"), given.dense(2, "index")
+    dim %= source.ndim
+    if given.live.positions(source, dim) is not None:
+        now = given.get(2, "index")
+        right = _picked(given, Argument("argument", 2, "index"), source, dim, _listed(index), now)
+        if right is not now:
+            given.set(2, "index", right)
+
+
+def _roll(given: Given) -> None:
+    source, shifts, dims = given.call.args[0], given.dense(1, "shifts"), given.dense(2, "dims", ())
+    if not given.live.changes(source):
+        return
+    of = (dims,) if _is_int(dims) else tuple(dims)
+    by = (shifts,) if _is_int(shifts) else tuple(shifts)
+    if not of:
+        raise Unrepairable("positions that can be removed, rolled with those of other dimensions")
+    right = tuple(_shift(given.live, source, dim, shift) for dim, shift in zip(of, by, strict=True))
+    given.correct(1, "shifts", right[0] if _is_int(shifts) else right)
+
+
+def _shift(live: Live, source: Node, dim: int, shift: int) -> int:
+    """By how much positions that stay are rolled where all were rolled by ``shift``."""
+    if live.positions(source, dim) is None:
+        return shift
+    size = source.shape[dim]
+    return live.count(source, dim) - live.count(source, dim, size - shift % size)
+
+
+def _triangle(given: Given) -> None:
+    source, lower = given.call.args[0], "tril" in given.call.name
+    if not given.live.changes(source):
+        return
+    dense = getattr(torch.ones(source.shape[-2:], dtype=torch.bool), "tril" if lower else "triu")
+    wanted = dense(given.dense(1, "diagonal", 0))
+    for dim in (0, 1):
+        kept = given.live.positions(source, source.ndim - 2 + dim)
+        wanted = wanted if kept is None else wanted.index_select(dim, kept.nonzero().flatten())
+    ones = torch.ones_like(wanted)
+    for diagonal in range(-ones.shape[0], ones.shape[1] + 1):
+        if torch.equal(ones.tril(diagonal) if lower else ones.triu(diagonal), wanted):
+            given.correct(1, "diagonal", diagonal)
+            return
+    raise Unrepairable("a triangle that has other steps when positions are removed")
 
 
 # ---------------------------------------------------------------------- layers
@@ -370,6 +448,9 @@ RULES: dict[str, Callable[[Given], None]] = {
     **dict.fromkeys(_SPLITS, _split),
     "narrow": _narrow,
     **dict.fromkeys(("__getitem__", "__setitem__"), _subscript),
+    "index_select": _index_select,
+    "roll": _roll,
+    **dict.fromkeys(("tril", "triu", "tril_", "triu_"), _triangle),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),

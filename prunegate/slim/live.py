@@ -20,10 +20,12 @@ class Live:
 
     Args:
         kept: Which positions stay.
+        written: Numbers (``uid``) of the nodes into whose memory something is written through a view of it.
     """
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept, written: frozenset[int] = frozenset()) -> None:
         self._kept = kept
+        self._written = written
         self._positions: dict[tuple[int, int], Tensor | None] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
 
@@ -49,6 +51,10 @@ class Live:
         kept = self.positions(node, dim)
         stop = node.shape[dim] if stop is None else stop
         return stop if kept is None else int(torch.count_nonzero(kept[:stop]))
+
+    def is_written(self, node: Node) -> bool:
+        """Whether the node is a view, and views of its memory are written into."""
+        return node.base is not None and node.base.uid in self._written
 
     def changes(self, node: Node) -> bool:
         """Whether the node loses positions."""

@@ -33,10 +33,13 @@ from prunegate.slim.arguments import (
 from prunegate.slim.attention import multi_head_attention_forward
 from prunegate.slim.source import ENTERED, MODULE, ORIGIN, CallNode, FunctionSource, calls_below, full_name, read_source
 
-__all__ = ["SITES", "CallRewrite", "rewrite_function"]
+__all__ = ["NEW_INDEX", "SITES", "CallRewrite", "rewrite_function"]
 
 SITES = "_prunegate_sites"
 """Attribute of a module: what its wrapped calls go through, by key."""
+
+NEW_INDEX = "new_tensor"
+"""Method that makes an index of its own in the place of one that a call was given."""
 
 _TORCH = "_prunegate_torch"
 _ATTENTION = "_prunegate_attention"
@@ -232,7 +235,7 @@ class _Writer:
                 continue
             expression = find_argument(self.source, call.node, argument)
             if expression is not None:
-                found.append((expression, self.value(change.value, expression)))
+                found.append((expression, self.value(change.value, expression, argument)))
             elif argument.kind == "argument" and argument.name and isinstance(call.node, ast.Call):
                 found.append((argument.name, self.value(change.value, None)))
             elif argument.kind == "size" and isinstance(call.node, ast.Call):
@@ -290,18 +293,35 @@ class _Writer:
         # Sizes that are arguments of their own: one list takes the place of them all.
         return [(sizes[0], _Piece(text, keys, until=sizes[-1]))]
 
-    def value(self, value: Value, old: ast.expr | None) -> _Piece:
-        """The text of a value."""
+    def value(self, value: Value, old: ast.expr | None, argument: Argument | None = None) -> _Piece:
+        """The text of a value, in the place of ``old`` where the source has one."""
+        if isinstance(value, Ratio):
+            return self.scaled(value, old)
         if isinstance(value, PerExecution):
             self.iterators.append(value.values)
-            return _Piece(f"next(_prunegate_values_{len(self.iterators) - 1})".encode(), [None])
-        if isinstance(value, Ratio):
+            piece = _Piece(f"next(_prunegate_values_{len(self.iterators) - 1})".encode(), [None])
+            several = isinstance(value.values[0], tuple)
+        else:
+            piece, several = _Piece(repr(value).encode()), isinstance(value, tuple)
+        if argument is None or not several:
+            return piece
+        if argument.kind == "index":  # a tuple could be taken for several items
+            return _Piece(b"[*" + piece.text + b"]", piece.keys)
+        if argument.name == "index":  # as a tensor on the device of the one that is replaced
             if old is None:
-                raise PlanError(f"{self.source.name} has no expression to scale")
-            piece = self.render(old)
-            scaled = b"((" + piece.text + f") * {value.numerator} // {value.denominator})".encode()
-            return _Piece(scaled, [*piece.keys, None, None])
-        return _Piece(repr(value).encode())
+                raise PlanError(f"{self.source.name} has no index to replace")
+            before = self.render(old)
+            text = b"(" + before.text + f").{NEW_INDEX}(".encode() + piece.text + b")"
+            return _Piece(text, [*before.keys, *piece.keys, None])
+        return piece
+
+    def scaled(self, ratio: Ratio, old: ast.expr | None) -> _Piece:
+        """What the source computes, times a ratio."""
+        if old is None:
+            raise PlanError(f"{self.source.name} has no expression to scale")
+        piece = self.render(old)
+        scaled = b"((" + piece.text + f") * {ratio.numerator} // {ratio.denominator})".encode()
+        return _Piece(scaled, [*piece.keys, None, None])
 
     # ------------------------------------------------------------------ callees
 

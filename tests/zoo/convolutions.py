@@ -71,6 +71,23 @@ class ChannelShuffle(Tricky):
             yield conv_out("b", i) | conv_in("head", i)
 
 
+class NativeShuffle(Tricky):
+    """The same shuffle as one operation of torch: what each of its groups keeps must be the same there, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.channel_shuffle(self.a(x).relu(), 2)).relu().mean((2, 3)))
+
+    def units(self) -> Iterator[Unit]:
+        for j in range(3):
+            yield conv_out("a", j, 3 + j) | conv_in("b", 2 * j, 2 * j + 1)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
 class RolledChannels(Tricky):
     """Channels move along, turn round and are picked again: each consumer has them in an order of its own."""
 

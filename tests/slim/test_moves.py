@@ -1,0 +1,148 @@
+"""Channels that a forward rolls, turns, shuffles or picks by their numbers: the numbers follow the cut."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunegate
+from tests.models import random_mask, randomise
+
+ORDER = [4, 0, 3, 1, 2, 7, 6, 5]
+
+
+class Moving(nn.Module):
+    """Eight channels go through ``move`` between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+        self.register_buffer("permutation", torch.tensor(ORDER))
+        self.order = list(ORDER)
+
+    def move(self, x: Tensor) -> Tensor:
+        """[N, 8, H, W] to the same."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] to [N, 2]."""
+        return self.head(self.b(self.move(self.a(x).relu())).mean((2, 3)))
+
+
+class Rolled(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        return torch.roll(x.roll(-3, 1), shifts=(2, 1), dims=(1, 2)) + x.roll(11, 1)
+
+
+class Selected(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        x = x.index_select(1, torch.tensor(ORDER)) + torch.index_select(x, dim=1, index=self.permutation)
+        return x.index_select(-3, self.permutation)
+
+
+class Subscripted(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        x = x[:, self.permutation] + x[:, self.order] + x[:, torch.tensor(ORDER)] + x[:, [3, -1, 0, 1, 2, 4, 5, 6]]
+        return x.transpose(0, 1)[self.permutation].transpose(0, 1)
+
+
+class Stepped(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, ::2], x[:, 1::2]], 1)
+
+
+class Repeatedly(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x[:, self.permutation].index_select(1, self.permutation) * 1.5
+        return x
+
+
+class LowerTriangle(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).tril(2).permute(0, 3, 1, 2)
+
+
+class UpperTriangle(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        return torch.triu(x.permute(0, 2, 3, 1), diagonal=-4).permute(0, 3, 1, 2)
+
+
+class Shuffled(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        return torch.channel_shuffle(x, 2)
+
+
+MOVES = (Rolled, Selected, Subscripted, Stepped, Repeatedly, LowerTriangle, UpperTriangle, Shuffled)
+
+
+def cut(model: nn.Module, x: Tensor, seed: int) -> nn.Module:
+    """The model without some units, equal to the masked one."""
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = random_mask(gated, seed)
+    slim = gated.export()
+    assert prunegate.count_flops(slim, x) == gated.cost.flops(gated.mask)
+    with torch.no_grad():
+        masked = gated(x)
+        torch.testing.assert_close(slim(x), masked, rtol=0, atol=1e-12 * float(masked.abs().max()))
+        assert not torch.allclose(masked, model(x), rtol=1e-3)
+    return slim
+
+
+@pytest.mark.parametrize("model_class", MOVES)
+@pytest.mark.parametrize("seed", range(4))
+def test_numbers_follow(model_class: type[Moving], seed: int, tmp_path: Path) -> None:
+    """Once, and when what was cut is cut again; nothing that the mask removes is kept, which would be warned of."""
+    model, x = randomise(model_class().double(), seed=seed).eval(), torch.randn(2, 3, 8, 8).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim = cut(model, x, seed)
+        assert slim.a.out_channels < 8
+        again = cut(slim, x, seed + 100)
+    prunegate.save(again, tmp_path / "slim.safetensors", builder=model_class)
+    loaded = prunegate.load(tmp_path / "slim.safetensors", allow=("tests.slim.test_moves",)).double()
+    assert torch.equal(loaded.eval()(x), again(x))
+
+
+class WrittenInto(Moving):
+    """A view of every second channel is written into: a list of their numbers would pick a copy."""
+
+    def move(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, ::2].mul_(2)
+        return x
+
+
+class ByMask(Moving):
+    def move(self, x: Tensor) -> Tensor:
+        odd = torch.tensor([False, True] * 4)
+        return torch.cat([x[:, odd], x[:, ~odd]], 1)
+
+
+class ByContent(Moving):
+    """Which channels go where depends on the input."""
+
+    def move(self, x: Tensor) -> Tensor:
+        return x[:, x.mean((0, 2, 3)).argsort()]
+
+
+@pytest.mark.parametrize(("model_class", "why"), [
+    (WrittenInto, "written into"), (ByMask, "no list of numbers"),
+])  # fmt: skip
+def test_what_cannot_follow_is_kept_and_said(model_class: type[Moving], why: str) -> None:
+    model, x = randomise(model_class().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = torch.arange(len(gated.mask)) % 3 != 1
+    with pytest.warns(UserWarning, match=why):
+        slim = gated.export()
+    assert slim.a.out_channels == 8
+    with torch.no_grad():
+        torch.testing.assert_close(slim(x), gated(x), rtol=1e-12, atol=1e-12)
+
+
+def test_positions_that_the_input_chooses_are_no_units() -> None:
+    model, x = randomise(ByContent().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x)
+    assert {group.name for group in gated.groups} == {"b"}
