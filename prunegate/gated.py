@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from prunegate.errors import AttachError, ExportError, MaskError
 from prunegate.example import describe_example
 from prunegate.gates import Gates
 from prunegate.groups import Frozen, GateMap, Group, find_frozen
+from prunegate.labels.record import nodes_in
 from prunegate.labels.trace import Trace, call_model
 from prunegate.operators import chosen_by
 from prunegate.plan import Plan
@@ -261,15 +263,24 @@ class GatedModel(nn.Module):
         return described if described is not None and runs(self.trace.model, described) else None
 
     def _kept_for(self, error: UnrepairableError, mask: Tensor) -> Tensor:
-        """The mask with every unit open that changes a size at a call that cannot follow."""
-        kept = mask.clone()
-        for node in error.nodes:
-            for plane in self.trace.algebra.get(node):
-                gates = self.gate_map.of_label[plane].flatten()
-                kept[gates[gates >= 0]] = True
-        if torch.equal(kept, mask):
-            raise error
-        return kept
+        """The mask with every unit open that changes a size at a call that cannot follow.
+
+        Where none does, the call was given a size of another tensor: then those that change one at the calls before
+        it, the nearest first.
+        """
+        calls = self.trace.calls
+        before = calls[: calls.index(error.call)] if error.call in calls else calls
+        reaches = [2**power for power in range(len(before).bit_length() + 1)]
+        arguments = ([(call.args, call.kwargs, call.out) for call in before[-reach:]] for reach in reaches)
+        for nodes in itertools.chain([error.nodes], map(nodes_in, arguments)):
+            kept = mask.clone()
+            for node in nodes:
+                for plane in self.trace.algebra.get(node):
+                    gates = self.gate_map.of_label[plane].flatten()
+                    kept[gates[gates >= 0]] = True
+            if not torch.equal(kept, mask):
+                return kept
+        raise error
 
     def export(self, flops: float | None = None) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.

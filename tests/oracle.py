@@ -67,7 +67,7 @@ class Oracle(TorchFunctionMode):
             if gate is not None and not (name.startswith("conv") and self.passes(nodes[0], nodes[1])):
                 args = (args[0] * gate, *args[1:])
             return func(*args, **kwargs)
-        if name == "lstm":
+        if name in ("lstm", "gru", "rnn_tanh"):
             return self.recurrent(func, call.args, *args)
         if name == "einsum":
             left, right = args[0].replace(" ", "").split("->")

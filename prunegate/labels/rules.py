@@ -50,9 +50,17 @@ def rule_for(func: Any) -> Rule:
         return own
     if torch.Tag.pointwise in func.tags or name in _POINTWISE:
         return pointwise
-    if func.is_view or name in _MOVEMENT:
+    if func.is_view or name in _MOVEMENT or _is_view_in_place(func, name):
         return movement
     return unknown
+
+
+def _is_view_in_place(func: Any, name: str) -> bool:
+    """Whether an operation makes of a tensor what another returns as a view of it (``transpose_``)."""
+    if torch.Tag.inplace not in func.tags:
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(getattr(packet, overload).is_view for overload in packet.overloads())
 
 
 def apply_rule(algebra: Algebra, op: Op) -> None:

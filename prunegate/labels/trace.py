@@ -132,11 +132,13 @@ class _Dispatch(TorchDispatchMode):
             depends |= node.depends
             labelled |= node.is_labelled
         outputs: list[Node] = []
+        is_view = func.is_view
+        if args and out is args[0] and isinstance(out, Tensor):
+            is_view |= _renew(out)
         out_nodes = to_nodes(out, outputs)
-        is_view = func.is_view and inputs
         for node in outputs:
             node.depends |= depends
-            if is_view and node is not inputs[0]:
+            if is_view and inputs and node is not inputs[0]:
                 node.base = inputs[0].base or inputs[0]
         self.nodes += outputs
         op = Op(func, name, node_args, node_kwargs, out_nodes, inputs, outputs, self.call, self.paths.current)
@@ -177,6 +179,15 @@ class _Record(TorchFunctionMode):
         call.out = to_nodes(out)
         self.calls.append(call)
         return out
+
+
+def _renew(tensor: Tensor) -> bool:
+    """Whether the tensor has got another shape in place (``transpose_``): then it is a view, by a node of its own."""
+    node = node_of(tensor)
+    if node.shape == tuple(tensor.shape) and node.strides == tensor.stride():
+        return False
+    delattr(tensor, _NODE)
+    return True
 
 
 _DATA_GETTER = torch.Tensor.data.__get__  # type: ignore[attr-defined]

@@ -29,16 +29,14 @@ class UnrepairableError(ExportError):
 
     Attributes:
         nodes: Traced tensors whose labels to freeze so that the cut leaves the place alone.
-        why: What cannot be repaired.
-        call: Name of the call.
-        frame: Where it is made.
+        call: The call of the dense model.
     """
 
     def __init__(self, why: str, call: Call, live: Live | None = None) -> None:
         self.nodes = [
             node for node in nodes_in((call.args, call.kwargs, call.out)) if live is None or live.changes(node)
         ]
-        self.why, self.call, self.frame = why, call.name, call.frame
+        self.call = call
         super().__init__(f"the call of {call.name} in {_where(call.frame)} cannot follow the cut: {why}")
 
 

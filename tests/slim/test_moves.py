@@ -128,6 +128,32 @@ class ByContent(Moving):
         return x[:, x.mean((0, 2, 3)).argsort()]
 
 
+class SizedByAnother(Moving):
+    """The size in a view, which no source could be edited for, is that of another tensor than the one that is viewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8))
+        namespace = {"torch": torch}
+        exec("def move(mix, x):\n  return (mix @ x.flatten(2)).view(x.shape)", namespace)
+        self.mixed = namespace["move"]
+
+    def move(self, x: Tensor) -> Tensor:
+        return self.mixed(self.mix, x)
+
+
+def test_a_size_that_comes_from_elsewhere_keeps_what_it_is_the_size_of() -> None:
+    model, x = randomise(SizedByAnother().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = torch.arange(len(gated.mask)) % 3 != 1
+    with pytest.warns(UserWarning, match="no source"):
+        slim = gated.export()
+    assert slim.a.out_channels == 8
+    assert slim.b.out_channels < 8
+    with torch.no_grad():
+        torch.testing.assert_close(slim(x), gated(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("model_class", "why"), [
     (WrittenInto, "written into"), (ByMask, "no list of numbers"),
 ])  # fmt: skip

@@ -89,6 +89,49 @@ class Recurrent(Tricky):
             yield rows | {("rnn.weight_hh_l0", 1): (i,)} | conv_in("head", i)
 
 
+class GatedRecurrent(Tricky):
+    """A recurrent layer with three gates, which turns its result in place to put the batch first, and a plain one."""
+
+    input_shape = (2, 4, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.rnn, self.head = nn.GRU(3, 5, batch_first=True), nn.RNN(5, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.gru(x)[0])[0]).mean(1)
+
+    def units(self) -> Iterator[Unit]:
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+        for i in range(5):
+            rows = {(f"gru.{name}", 0): (i, 5 + i, 10 + i) for name in names}
+            yield rows | {("gru.weight_hh_l0", 1): (i,), ("rnn.weight_ih_l0", 1): (i,)}
+        for i in range(4):
+            yield {(f"rnn.{name}", 0): (i,) for name in names} | {("rnn.weight_hh_l0", 1): (i,)} | conv_in("head", i)
+
+
+class TurnedInPlace(Tricky):
+    """Tensors get other shapes in place."""
+
+    input_shape = (2, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x.transpose_(1, 2).unsqueeze_(0)  # of a square: only the strides tell
+        x = x.squeeze_(0).swapaxes_(1, 2)
+        return self.head(self.b(x).mean(1).t_().t_())
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(4):
+            yield conv_out("a", i) | conv_in("b", i)
+        for i in range(4):
+            yield conv_out("b", i) | conv_in("head", i)
+
+
 class WindowShift(Tricky):
     """Windows are cut out, shifted and put back; channels pass through as they are."""
 
