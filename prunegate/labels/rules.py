@@ -279,6 +279,32 @@ def _constant_pad(algebra: Algebra, op: Op) -> None:
     algebra.put(op.out, planes)
 
 
+@rule("view_as_complex")
+def _view_as_complex(algebra: Algebra, op: Op) -> None:
+    """The two halves of a number go together."""
+    source = op.args[0]
+    last = source.ndim - 1
+    planes = [algebra.coarsen_or_freeze(plane, varying(plane) & {last}, "parts of one number")
+              for plane in algebra.get(source)]  # fmt: skip
+    algebra.put(op.out, [plane.squeeze(last) for plane in planes])
+
+
+@rule("view_as_real")
+def _view_as_real(algebra: Algebra, op: Op) -> None:
+    algebra.put(op.out, [plane.unsqueeze(-1) for plane in algebra.get(op.args[0])])
+
+
+@rule("diagonal")
+def _diagonal(algebra: Algebra, op: Op) -> None:
+    """A position's row and column have units of their own, without which it would be another one's."""
+    source, bound = op.args[0], _bound(op)
+    crossed = {bound["dim1"] % source.ndim, bound["dim2"] % source.ndim}
+    planes = [algebra.coarsen_or_freeze(plane, varying(plane) & crossed, "the diagonal of positions")
+              for plane in algebra.get(source)]  # fmt: skip
+    where = bound["offset"], bound["dim1"], bound["dim2"]
+    algebra.put(op.out, [op.func(plane.expand(source.shape), *where) for plane in planes])
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(algebra: Algebra, op: Op) -> None:
     """Channels go to where they go now only if every group of them loses the same ones."""

@@ -276,9 +276,8 @@ def _subscript_item(given: Given, source: Node, dim: int, at: int, dense: Any, n
         return slice(*right) if bounds != right else now
     if _is_int(dense):
         kept = live.positions(source, dim)
-        if kept is not None and not bool(kept[dense]):
-            raise Unrepairable("a single position that was removed")
-        right_index = live.count(source, dim, dense % size)
+        assert kept is not None
+        right_index = _place(kept, dense)
         given.numbers.append(Number(Argument("index", at), now % live.count(source, dim), right_index))
         return right_index
     return _picked(given, Argument("index", at), source, dim, _listed(dense), now)
@@ -313,6 +312,20 @@ def _picked(given: Given, argument: Argument, source: Node, dim: int, dense: Seq
     if is_now == right:
         return now
     return now.new_tensor(right) if isinstance(now, Tensor) else list(right)
+
+
+def _select(given: Given) -> None:
+    source, dim, index = given.call.args[0], given.dense(1, "dim"), given.dense(2, "index")
+    kept = given.live.positions(source, dim % source.ndim)
+    if kept is not None:
+        given.correct(2, "index", _place(kept, index))
+
+
+def _place(kept: Tensor, index: int) -> int:
+    """Where a single position is after the cut."""
+    if not bool(kept[index]):
+        raise Unrepairable("a single position that was removed")
+    return int(torch.count_nonzero(kept[: index % len(kept)]))
 
 
 def _index_select(given: Given) -> None:
@@ -448,6 +461,7 @@ RULES: dict[str, Callable[[Given], None]] = {
     **dict.fromkeys(_SPLITS, _split),
     "narrow": _narrow,
     **dict.fromkeys(("__getitem__", "__setitem__"), _subscript),
+    "select": _select,
     "index_select": _index_select,
     "roll": _roll,
     **dict.fromkeys(("tril", "triu", "tril_", "triu_"), _triangle),

@@ -53,6 +53,23 @@ class Stepped(Moving):
         return torch.cat([x[:, ::2], x[:, 1::2]], 1)
 
 
+class OneByOne(Moving):
+    """Channels that stay, each picked by its number."""
+
+    def move(self, x: Tensor) -> Tensor:
+        return x * x.select(1, 5)[:, None] + torch.select(x, dim=1, index=-2)[:, None] + x[:, 3][:, None]
+
+
+class Pairs(Moving):
+    """Two channels are a complex number, which is turned."""
+
+    def move(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.unflatten(1, (-1, 2)).movedim(2, -1).contiguous())
+        turn = torch.polar(torch.ones(4, 1, 1, dtype=x.dtype), torch.arange(4, dtype=x.dtype)[:, None, None])
+        return torch.view_as_real(pairs * turn[:1]).movedim(-1, 2).flatten(1, 2)
+
+
+
 class Repeatedly(Moving):
     def move(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -75,7 +92,7 @@ class Shuffled(Moving):
         return torch.channel_shuffle(x, 2)
 
 
-MOVES = (Rolled, Selected, Subscripted, Stepped, Repeatedly, LowerTriangle, UpperTriangle, Shuffled)
+MOVES = (Rolled, Selected, Subscripted, Stepped, OneByOne, Pairs, Repeatedly, LowerTriangle, UpperTriangle, Shuffled)
 
 
 def cut(model: nn.Module, x: Tensor, seed: int) -> nn.Module:
@@ -129,7 +146,7 @@ class ByContent(Moving):
 
 
 class SizedByAnother(Moving):
-    """The size in a view, which no source could be edited for, is that of another tensor than the one that is viewed."""
+    """The size in a view, whose source is not known, is that of another tensor than the one that is viewed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +183,25 @@ def test_what_cannot_follow_is_kept_and_said(model_class: type[Moving], why: str
     assert slim.a.out_channels == 8
     with torch.no_grad():
         torch.testing.assert_close(slim(x), gated(x), rtol=1e-12, atol=1e-12)
+
+
+class Diagonal(Moving):
+    """What is on a diagonal has a row and a column, whose units need not be the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.randn(8, 8))
+
+    def move(self, x: Tensor) -> Tensor:
+        x = torch.einsum("nchw,dc->ndhw", x, self.square).relu()
+        return x * self.square.diagonal()[:, None, None]
+
+
+def test_rows_and_columns_that_meet_on_a_diagonal_are_no_units() -> None:
+    model, x = randomise(Diagonal().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x)
+    assert {group.name for group in gated.groups} == {"b"}
+    assert any("diagonal" in frozen.why for frozen in gated.frozen if frozen.tensor == "square")
 
 
 def test_positions_that_the_input_chooses_are_no_units() -> None:
