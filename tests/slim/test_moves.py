@@ -69,7 +69,6 @@ class Pairs(Moving):
         return torch.view_as_real(pairs * turn[:1]).movedim(-1, 2).flatten(1, 2)
 
 
-
 class Repeatedly(Moving):
     def move(self, x: Tensor) -> Tensor:
         for _ in range(3):
