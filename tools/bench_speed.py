@@ -4,8 +4,9 @@
     python tools/bench_speed.py --models resnet50 --flops 0.5 --batches 16 --rounds 15
 
 For each budget the units to keep are chosen from the weights' magnitudes (random weights: what is measured is speed)
-with ``round_to=8``, and the model is cut. Dense and slim models run in turn, in both memory formats, ``rounds`` times
-after one that is not timed; a model's time is the median in its better format, and a speed-up is the ratio of the two.
+with ``round_to="auto"`` (16 on a processor with AVX-512, 8 on others), and the model is cut. Dense and slim models run
+in turn, in both memory formats, ``rounds`` times after one that is not timed; a model's time is the median in its
+better format, and a speed-up is the ratio of the two.
 With ``--latency`` the budget is on measured latency instead of FLOPs.
 """
 
@@ -46,14 +47,15 @@ class Row:
     speedup: float
 
 
-def cut(name: str, budget: str, shares: Sequence[float], example: Tensor) -> list[tuple[float, int, nn.Module]]:
+def cut(name: str, budget: str, shares: Sequence[float], example: Tensor,
+        round_to: int | str) -> list[tuple[float, int, nn.Module]]:  # fmt: skip
     """(budget, FLOPs per image, model) of the dense model and of one cut for each share."""
     torch.manual_seed(0)
     dense = timm.create_model(name).eval()
     found = [(1.0, prunegate.count_flops(dense, example[:1]), dense)]
     for share in shares:
         gated = prunegate.attach(dense, example if budget == "latency" else example[:1])
-        prunegate.Budget(gated, **{budget: share}, steps=1, round_to=8).finish()
+        prunegate.Budget(gated, **{budget: share}, steps=1, round_to=round_to).finish()
         slim = gated.export().eval()
         found.append((share, prunegate.count_flops(slim, example[:1]), slim))
     return found
@@ -77,10 +79,11 @@ def measure(models: Sequence[nn.Module], example: Tensor, rounds: int) -> list[d
     return taken
 
 
-def rows_of(name: str, budget: str, shares: Sequence[float], batch: int, rounds: int) -> list[Row]:
+def rows_of(name: str, budget: str, shares: Sequence[float], batch: int, rounds: int,
+            round_to: int | str) -> list[Row]:  # fmt: skip
     """Cuts one network and times it at one batch size."""
     example = torch.randn(batch, *timm.create_model(name, pretrained=False).pretrained_cfg["input_size"])
-    models = cut(name, budget, shares, example)
+    models = cut(name, budget, shares, example, round_to)
     rows: list[Row] = []
     for (asked, flops, _), times in zip(models, measure([m for *_, m in models], example, rounds), strict=True):
         layout = min(times, key=lambda each: median(times[each]))
@@ -111,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latency", nargs="+", type=float, help="shares of the dense latency, instead of FLOPs")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--round-to", type=lambda text: text if text == "auto" else int(text), default="auto",
+                        help='kept widths are multiples of this (default: "auto", what the processor likes)')
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number if left out")
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md")
     args = parser.parse_args(argv)
@@ -119,11 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget, shares = ("latency", args.latency) if args.latency else ("flops", args.flops)
     console = Console(highlight=False)
     console.print(f"cpu, float32, {torch.get_num_threads()} threads, torch {torch.__version__}, budgets on {budget}, "
-                  f"round_to=8, {args.rounds} rounds")  # fmt: skip
+                  f"round_to={args.round_to}, {args.rounds} rounds")  # fmt: skip
     rows: list[Row] = []
     for name in args.models:
         for batch in args.batches:
-            found = rows_of(name, budget, shares, batch, args.rounds)
+            found = rows_of(name, budget, shares, batch, args.rounds, args.round_to)
             rows += found
             table = Table("budget", "GFLOPs", "share", "layout", "median, ms", "quartiles", "speed-up",
                           title=f"{name}, batch {batch}")  # fmt: skip
