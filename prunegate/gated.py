@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prunegate.cost import Cost
-from prunegate.derive import derive
 from prunegate.errors import AttachError, ExportError, MaskError
-from prunegate.example import describe_example
 from prunegate.gates import Gates
 from prunegate.groups import Frozen, GateMap, Group, find_frozen
-from prunegate.labels.record import nodes_in
 from prunegate.labels.trace import Trace, call_model
 from prunegate.operators import chosen_by
 from prunegate.plan import Plan
+from prunegate.planning import Planner
 from prunegate.slim.apply import cut_along
-from prunegate.slim.replay import UnrepairableError
 from prunegate.tensors import fit_inputs, set_attributes_back
-from prunegate.valueless import runs
 
 __all__ = ["GatedModel"]
 
@@ -49,6 +43,7 @@ class GatedModel(nn.Module):
         prunegate: The gates.
         gate_map: Which gate decides about each position of each tensor dimension.
         trace: The labelled forward that all this was read from.
+        planner: Plans cuts.
     """
 
     prunegate: Gates
@@ -72,6 +67,7 @@ class GatedModel(nn.Module):
         self.example_input = example_input
         self.gate_map = gate_map
         self.trace = trace
+        self.planner = Planner(trace, self.groups, gate_map, example_input)
         self._has_fused_attention = any(
             isinstance(module, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) for module in running.modules()
         )
@@ -118,7 +114,7 @@ class GatedModel(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GatedModel:
         # The trace describes the architecture, not the weights: copies share it.
-        for shared in (self.trace, self.gate_map, self.cost, self.groups):
+        for shared in (self.trace, self.gate_map, self.cost, self.groups, self.planner):
             memo[id(shared)] = shared
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
@@ -242,45 +238,16 @@ class GatedModel(nn.Module):
         Raises:
             ExportError: Even so the cut model does not run.
         """
-        mask = self._check_mask(self.mask)
-        while True:
-            try:
-                return replace(derive(self.trace, self.gate_map, mask, self.example_input), example=self._described)
-            except UnrepairableError as error:
-                kept = self._kept_for(error, mask)
-                warnings.warn(
-                    f"{error}; {int((kept & ~mask).sum())} units that the mask removes there are kept, so the slim "
-                    "model costs more than the mask says",
-                    stacklevel=2,
-                )
-                mask = kept
-                self.mask = mask
-
-    @functools.cached_property
-    def _described(self) -> Any:
-        """The example input as data, where the model runs on it for shapes alone."""
-        described = describe_example(self.example_input)
-        return described if described is not None and runs(self.trace.model, described) else None
-
-    def _kept_for(self, error: UnrepairableError, mask: Tensor) -> Tensor:
-        """The mask with every unit open that changes a size at a call that cannot follow.
-
-        Where none does, the call was given a size of another tensor: then those that change one at the calls before
-        it, the nearest first.
-        """
-        calls = self.trace.calls
-        before = calls[: calls.index(error.call)] if error.call in calls else calls
-        reaches = [2**power for power in range(len(before).bit_length() + 1)]
-        arguments = ([(call.args, call.kwargs, call.out) for call in before[-reach:]] for reach in reaches)
-        for nodes in itertools.chain([error.nodes], map(nodes_in, arguments)):
-            kept = mask.clone()
-            for node in nodes:
-                for plane in self.trace.algebra.get(node):
-                    gates = self.gate_map.of_label[plane].flatten()
-                    kept[gates[gates >= 0]] = True
-            if not torch.equal(kept, mask):
-                return kept
-        raise error
+        planned = self.planner.plan(self._check_mask(self.mask))
+        for kept in planned.kept:
+            warnings.warn(
+                f"{kept.why}; {int(kept.gates.sum())} units that the mask removes there are kept, so the slim model "
+                "costs more than the mask says",
+                stacklevel=2,
+            )
+        if planned.kept:
+            self.mask = planned.mask
+        return planned.plan
 
     def export(self, flops: float | None = None) -> nn.Module:
         """A plain model of the same class without the removed units; this one stays usable.

@@ -51,6 +51,7 @@ LAYERS = (
     "sites",
     "install",
     "derive",
+    "planning",
     "gated",
     "attaching",
     "select",

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import prunegate
+from prunegate.budget.following import followed
+from prunegate.budget.limits import make_widths
+from prunegate.select import least_cost
 from tests.models import random_mask, randomise
 from tests.operations import OPERATIONS, SIZE, Sequential
 
@@ -47,6 +50,23 @@ def sequence(seed: int) -> list[str]:
 @pytest.mark.parametrize("seed", range(40))
 def test_a_few_in_a_row(seed: int) -> None:
     check(sequence(seed), seed)
+
+
+@pytest.mark.parametrize("seed", range(700, 720))
+def test_budgets_hold(seed: int) -> None:
+    """Half-way to the least that can be reached, whatever has to stay whole."""
+    torch.manual_seed(seed)
+    model = randomise(Sequential(sequence(seed)).double(), seed=seed).eval()
+    x = torch.randn(2, 3, SIZE, SIZE).double()
+    gated = prunegate.attach(model, x)
+    dense = prunegate.count_flops(model, x)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* stay whole")
+        widths = followed(gated, make_widths(gated.groups, gated.cost.polynomials["params"], 1, None, None, ()))
+        most = (least_cost(gated.cost.polynomials["flops"], widths) + dense) // 2
+        prunegate.Budget(gated, flops=most, steps=1).finish()
+    slim = gated.export()
+    assert prunegate.count_flops(slim, x) <= most < dense
 
 
 @pytest.mark.slow

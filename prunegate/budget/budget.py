@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunegate.budget.following import followed, warn_of, with_whole
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
 from prunegate.budget.limits import (
@@ -34,7 +35,7 @@ from prunegate.errors import BudgetError
 from prunegate.gated import GatedModel
 from prunegate.gates import NOISE_FLOOR
 from prunegate.polynomial import Polynomial
-from prunegate.select import Limit, Selection, select
+from prunegate.select import Limit, Selection, Width, select
 
 __all__ = ["Budget"]
 
@@ -127,7 +128,8 @@ class Budget:
         rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
         params_of = gated.cost.polynomials["params"]
-        self._widths = make_widths(gated.groups, params_of, rounding, min_keep, max_keep, patterns)
+        widths = make_widths(gated.groups, params_of, rounding, min_keep, max_keep, patterns)
+        self._widths = followed(gated, widths)
         flops, several = smallest_of("flops", flops, (params, latency, latency_ms, memory_mb))
         self._levels = None
         if several:
@@ -154,8 +156,7 @@ class Budget:
         self._shift = 0.0
         self._quick: tuple[tuple[int, int], Tensor] | None = None
         self._held = torch.zeros(n, dtype=torch.bool)
-        for width in self._widths:
-            self._held[width.slice] = width.held
+        self._take(self._widths)
         self.schedule = Schedule.of(steps, score=not bool(gated.logits.detach().any()))
         self._gates.take_gradient()
         self._agree_on_draws()
@@ -536,8 +537,29 @@ class Budget:
         mixed = self._mixing.score(scores, untilted, logits / self._scale())
         return self.gated.gate_map.worth(mixed)
 
+    def _take(self, widths: list[Width]) -> None:
+        """Takes over what each group may keep; groups that stay whole have no say."""
+        self._widths = self._promise.widths = widths
+        for width in widths:
+            self._held[width.slice] = width.held
+
     def _settle(self) -> None:
-        """Chooses the final mask, at the noise with which a search ends, whenever that is."""
+        """Chooses the final mask, at the noise with which a search ends, whenever that is.
+
+        Groups of which it removes units that cannot go, which a trial before the search did not find, stay whole.
+        """
+        self._settle_once()
+        groups = self.gated.groups
+        while whole := self.gated.planner.whole_under(self.gated.mask.cpu()):
+            self._take(with_whole(groups, self._widths, whole))
+            try:
+                self._settle_once()
+            except BudgetError as error:  # a search that is nearly over must not end by it
+                warn_of(whole, f". Then the budget cannot be met: {error}")
+                return
+            warn_of(whole)
+
+    def _settle_once(self) -> None:
         self._listen()
         self._gates.tau, self._gates.noise = self._tau.end, self._noise.end
         ranks = self._current_ranks().masked_fill(self._held, _HELD_OPEN)

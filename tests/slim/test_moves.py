@@ -207,3 +207,57 @@ def test_positions_that_the_input_chooses_are_no_units() -> None:
     model, x = randomise(ByContent().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
     gated = prunegate.attach(model, x)
     assert {group.name for group in gated.groups} == {"b"}
+
+
+def test_a_budget_is_met_beside_what_cannot_follow() -> None:
+    """The groups are held whole from the start, and the rest pays for them."""
+    model, x = randomise(ByMask().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x)
+    with pytest.warns(UserWarning, match="the groups a stay whole.*no list of numbers"):
+        budget = prunegate.Budget(gated, flops=0.7, steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        budget.finish()
+        slim = gated.export()
+        prunegate.Budget(prunegate.attach(model, x), flops=0.7, steps=1, ignore=["a"]).finish()
+    assert slim.a.out_channels == 8
+    assert prunegate.count_flops(slim, x) <= 0.7 * prunegate.count_flops(model, x)
+
+
+class SecondHalf(Moving):
+    """A cut can follow as long as the first half of the channels keeps as many as the second."""
+
+    def move(self, x: Tensor) -> Tensor:
+        namespace = {"torch": torch}
+        exec("def move(x):\n  return torch.cat([x[:, :4].relu(), x[:, 4:]], 1)", namespace)
+        return namespace["move"](x)
+
+
+def follows_by_chance(gated: prunegate.GatedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the trial before a search close units that may go."""
+
+    def start(*arguments: object) -> Tensor:
+        return gated.gate_map.start()
+
+    monkeypatch.setattr("prunegate.budget.following._half", start)
+
+
+@pytest.mark.parametrize(("share", "met"), [(0.9, True), (0.3, False)])
+def test_what_the_trial_did_not_find_is_found_at_the_end(share: float, met: bool,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    torch.manual_seed(3)
+    model, x = randomise(SecondHalf().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x)
+    follows_by_chance(gated, monkeypatch)
+    gated.logits.data = torch.linspace(-1, 1, len(gated.logits))
+    budget = prunegate.Budget(gated, flops=share, steps=1)
+    with pytest.warns(UserWarning, match="stay whole" if met else "the budget cannot be met"):
+        budget.finish()
+    if met:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            slim = gated.export()
+        assert prunegate.count_flops(slim, x) <= share * prunegate.count_flops(model, x)
+    else:
+        with pytest.warns(UserWarning, match="costs more than the mask says"):
+            gated.export()
