@@ -69,6 +69,8 @@ class Oracle(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("lstm", "gru", "rnn_tanh"):
             return self.recurrent(func, call.args, *args)
+        if name == "lstm_cell":
+            return func(*args[:2], *self.gated_weights(call.args[2:], args[2:]))
         if name == "einsum":
             left, right = args[0].replace(" ", "").split("->")
             letters = left.split(",")[0]
@@ -79,9 +81,11 @@ class Oracle(TorchFunctionMode):
 
     def recurrent(self, func: Any, nodes: Any, x: Tensor, hx: Any, weights: Any, *rest: Any) -> Any:
         """Gates what each step consumes: the input, and the hidden state that the step before left."""
-        gates = [self.gate(node, {1}) if node.ndim == 2 else None for node in nodes[2]]
-        gated = [w if gate is None else w * gate for w, gate in zip(weights, gates, strict=True)]
-        return func(x, hx, gated, *rest)
+        return func(x, hx, self.gated_weights(nodes[2], weights), *rest)
+
+    def gated_weights(self, nodes: Any, weights: Any) -> list[Tensor]:
+        gates = [self.gate(node, {1}) if node.ndim == 2 else None for node in nodes]
+        return [w if gate is None else w * gate for w, gate in zip(weights, gates, strict=True)]
 
     def moments(self, x: Tensor, w: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         n = w.sum(dims, keepdim=True)

@@ -9,6 +9,7 @@ from prunegate.plan import Argument
 from prunegate.slim.source import ENTERED, FunctionSource, resolve
 
 __all__ = [
+    "MAKERS",
     "SEQUENCE",
     "SIZE_KEYWORDS",
     "find_argument",
@@ -21,6 +22,9 @@ __all__ = [
 
 SEQUENCE = "sequence"
 """Name of a size argument that is an entry of a sequence which one expression gives."""
+
+MAKERS = ("zeros", "ones", "empty", "full", "rand", "randn")
+"""Functions that make a tensor of given sizes, which are their first arguments; others take a tensor before."""
 
 SIZE_KEYWORDS = ("shape", "size", "sizes")
 """Keywords by which calls take sizes."""
@@ -49,7 +53,7 @@ def positional(source: FunctionSource, node: ast.expr | ast.stmt) -> list[ast.ex
 
 def size_expressions(source: FunctionSource, node: ast.Call) -> list[ast.expr]:
     """The expressions of a call's sizes: one for each, or fewer where one is starred or gives a whole sequence."""
-    given = positional(source, node)[1:]
+    given = _sizes_in_place(source, node)
     for keyword in node.keywords:
         if keyword.arg in SIZE_KEYWORDS:
             given = [keyword.value]
@@ -58,9 +62,16 @@ def size_expressions(source: FunctionSource, node: ast.Call) -> list[ast.expr]:
     return given
 
 
+def _sizes_in_place(source: FunctionSource, node: ast.Call) -> list[ast.expr]:
+    """The positional arguments of a call that are its sizes: all, behind the tensor that most calls take first."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    given = positional(source, node)[name not in MAKERS :]
+    return given[:1] if name in ("full", "new_full") else given  # a value stands behind their sizes
+
+
 def gives_sequence(source: FunctionSource, node: ast.Call) -> bool:
     """Whether one expression that is no literal gives all the sizes of a call that was given them as a sequence."""
-    given = [k.value for k in node.keywords if k.arg in SIZE_KEYWORDS] or positional(source, node)[1:]
+    given = [k.value for k in node.keywords if k.arg in SIZE_KEYWORDS] or _sizes_in_place(source, node)
     return len(given) == 1 and not isinstance(given[0], ast.Tuple | ast.List | ast.Starred)
 
 

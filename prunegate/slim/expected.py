@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunegate.labels.record import Call, Node
 from prunegate.plan import Argument
-from prunegate.slim.arguments import SIZE_KEYWORDS
+from prunegate.slim.arguments import MAKERS, SIZE_KEYWORDS
 from prunegate.slim.attention import multi_head_attention_forward
 from prunegate.slim.live import Live
 
@@ -166,6 +166,11 @@ def _correct_sizes(given: Given, right: Sequence[int], first: int = 1) -> None:
 def _sizes(given: Given) -> None:
     if isinstance(given.call.out, Node):
         _correct_sizes(given, given.live.shape(given.call.out))
+
+
+def _made(given: Given) -> None:
+    if isinstance(given.call.out, Node):
+        _correct_sizes(given, given.live.shape(given.call.out), first=int(given.call.name not in MAKERS))
 
 
 def _unflatten(given: Given) -> None:
@@ -456,6 +461,7 @@ def _nothing(given: Given) -> None:
 
 RULES: dict[str, Callable[[Given], None]] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _sizes),
+    **dict.fromkeys((*MAKERS, "new_zeros", "new_ones", "new_empty", "new_full"), _made),
     "unflatten": _unflatten,
     "repeat": _repeat,
     **dict.fromkeys(_SPLITS, _split),
@@ -472,8 +478,7 @@ RULES: dict[str, Callable[[Given], None]] = {
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head_attention,
     **dict.fromkeys(
-        ("arange", "linspace", "zeros", "ones", "empty", "full", "rand", "randn", "eye", "new_zeros", "new_ones",
-         "new_empty", "new_full", "repeat_interleave", "tile", "one_hot", "topk", "unfold", "as_strided"),
+        ("arange", "linspace", "eye", "repeat_interleave", "tile", "one_hot", "topk", "unfold", "as_strided"),
         _nothing,
     ),
 }  # fmt: skip

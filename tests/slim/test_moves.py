@@ -69,6 +69,19 @@ class Pairs(Moving):
         return torch.view_as_real(pairs * turn[:1]).movedim(-1, 2).flatten(1, 2)
 
 
+class Filled(Moving):
+    """Tensors of the channels' number, made on the way in every form of the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+
+    def move(self, x: Tensor) -> Tensor:
+        y = torch.zeros(x.shape[0], self.width, *x.shape[2:], dtype=x.dtype) + x.new_ones(8, 1, 1)
+        y = y + torch.full((1, 8, 1, 1), 0.5) + x.new_full(size=(1, self.width, 1, 1), fill_value=2.0)
+        return x * (y + torch.ones([self.width, 1, 1], dtype=x.dtype) + torch.ones(size=(8, 1, 1)))
+
+
 class Repeatedly(Moving):
     def move(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -91,7 +104,8 @@ class Shuffled(Moving):
         return torch.channel_shuffle(x, 2)
 
 
-MOVES = (Rolled, Selected, Subscripted, Stepped, OneByOne, Pairs, Repeatedly, LowerTriangle, UpperTriangle, Shuffled)
+MOVES = (Rolled, Selected, Subscripted, Stepped, OneByOne, Pairs, Filled, Repeatedly, LowerTriangle, UpperTriangle,
+         Shuffled)  # fmt: skip
 
 
 def cut(model: nn.Module, x: Tensor, seed: int) -> nn.Module:

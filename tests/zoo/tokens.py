@@ -110,6 +110,30 @@ class GatedRecurrent(Tricky):
             yield {(f"rnn.{name}", 0): (i,) for name in names} | {("rnn.weight_hh_l0", 1): (i,)} | conv_in("head", i)
 
 
+class StepByStep(Tricky):
+    """A cell that runs in a loop, and makes its first state by its own width."""
+
+    input_shape = (2, 4, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.cell, self.head = nn.Linear(3, 5), nn.LSTMCell(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in self.embed(x).unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0])
+
+    def units(self) -> Iterator[Unit]:
+        for i in range(5):
+            yield conv_out("embed", i) | {("cell.weight_ih", 1): (i,)}
+        for i in range(4):
+            gates = tuple(4 * gate + i for gate in range(4))
+            rows = {(f"cell.{name}", 0): gates for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+            yield rows | {("cell.weight_hh", 1): (i,)} | conv_in("head", i)
+
+
 class TurnedInPlace(Tricky):
     """Tensors get other shapes in place."""
 
