@@ -21,7 +21,7 @@ from prunegate.operators import chosen_by
 from prunegate.plan import Plan
 from prunegate.planning import Planner
 from prunegate.slim.apply import cut_along
-from prunegate.tensors import fit_inputs, set_attributes_back
+from prunegate.tensors import computed_tensors, fit_inputs, set_attributes_back
 
 __all__ = ["GatedModel"]
 
@@ -116,6 +116,7 @@ class GatedModel(nn.Module):
         # The trace describes the architecture, not the weights: copies share it.
         for shared in (self.trace, self.gate_map, self.cost, self.groups, self.planner):
             memo[id(shared)] = shared
+        memo.update(computed_tensors(self.model) | computed_tensors(self._dense))
         duplicate = self.__class__.__new__(self.__class__)
         memo[id(self)] = duplicate
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -306,8 +307,7 @@ class GatedModel(nn.Module):
             self.eval()
             slim.eval()
             with torch.no_grad():
-                masked = _tensors(call_model(self, inputs))
-                cut = _tensors(call_model(slim, inputs))
+                masked, cut = (_tensors(_drawn_alike(model, inputs, self.logits.device)) for model in (self, slim))
         finally:
             gates.phase = phase
             gates.fixed_mask.copy_(fixed)
@@ -340,6 +340,12 @@ class GatedModel(nn.Module):
         if self.frozen:
             lines.append(f"  frozen: {len({item.tensor for item in self.frozen})} tensors in part; see gated.frozen")
         return "\n".join(lines)
+
+
+def _drawn_alike(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """Runs a model that may draw numbers in eval mode, too; the next one draws the same."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return call_model(model, inputs)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

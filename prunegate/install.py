@@ -27,7 +27,7 @@ from prunegate.plan import CallSite
 from prunegate.sites import OperandSite, Sites, StatisticSite
 from prunegate.slim.edits import wrap_calls
 from prunegate.slim.locate import locate
-from prunegate.tensors import modules_of
+from prunegate.tensors import computed_tensors, modules_of
 
 __all__ = ["install", "running_copy"]
 
@@ -40,6 +40,7 @@ def running_copy(model: nn.Module) -> nn.Module:
     """
     modules = [module for _, module in modules_of(model)]
     memo: dict[int, Any] = {id(module): type(module).__new__(type(module)) for module in modules}
+    memo.update(computed_tensors(model))
     for module in modules:
         for store in (module._parameters, module._buffers):
             memo[id(store)] = store

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "ABSENT",
     "attributes_kept",
     "call_model",
+    "computed_tensors",
     "fit_inputs",
     "is_channels_last",
     "modules_of",
@@ -74,6 +75,23 @@ def tensor_caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
             if type(value) is dict and not name.startswith("_") and value:
                 if all(isinstance(item, Tensor) for item in value.values()):
                     yield value
+
+
+def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
+    """A memo for ``copy.deepcopy``: what a forward with gradients left in a model's attributes, without its history.
+
+    Torch copies leaves only.
+    """
+    found: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if not name.startswith("_") and type(value) in _HOLD_TENSORS:
+                leaves = (each for each in tree_leaves(value) if isinstance(each, Tensor))
+                found |= {id(each): each.detach() for each in leaves if each.grad_fn is not None}
+    return found
+
+
+_HOLD_TENSORS = frozenset([Tensor, dict, list, tuple])
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -13,7 +13,7 @@ from prunegate.slim.attributes import check_attributes, follow_weights, set_attr
 from prunegate.slim.choices import chosen_of, put_operators, settle_choices
 from prunegate.slim.edits import apply_edits
 from prunegate.slim.slicing import check_tensors, cut_tensors
-from prunegate.tensors import tensor_caches
+from prunegate.tensors import computed_tensors, tensor_caches
 from prunegate.valueless import check_runs
 
 __all__ = ["apply_plan", "cut_along", "cut_model", "plan_of"]
@@ -92,7 +92,7 @@ def cut_model(model: nn.Module, plan: Plan) -> nn.Module:
     check_tensors(model, plan)
     check_attributes(model, plan.attributes)
     # Copying with the cut tensors already in the memo never holds a second dense model, and keeps tied ones tied.
-    memo: dict[int, Any] = dict(cut_tensors(model, plan))
+    memo: dict[int, Any] = computed_tensors(model) | cut_tensors(model, plan)
     memo |= _identities(model, plan)
     slim = copy.deepcopy(model, memo)
     set_attributes(slim, plan.attributes)

@@ -200,18 +200,27 @@ def _rewrite(original: FunctionType, level: Mapping[tuple[str, int], _Tree], tak
     for (call, ordinal), tree in level.items():
         into = None
         if tree.function is not None:
-            into = _rewrite(_entered(original, call, ordinal, tree.function), tree.inside, True)
+            into = _rewrite(_entered(original, call, ordinal, tree.function, tree.inside), tree.inside, True)
         rewrites[call, ordinal] = CallRewrite(tree.changes, tree.wrap, into)
     return rewrite_function(original, rewrites, takes_module)
 
 
-def _entered(function: FunctionType, call: str, ordinal: int, name: str) -> FunctionType:
-    """The free function that a call names. It is looked up where the source does, never imported by its name."""
+def _entered(function: FunctionType, call: str, ordinal: int, name: str,
+             inside: Iterable[tuple[str, int]]) -> FunctionType:  # fmt: skip
+    """The free function that a call names. It is looked up where the source does, never imported by its name.
+
+    A decorator's wrapper can have the name of what it wraps; the calls ``inside`` tell them apart.
+    """
+
+    def is_meant(each: FunctionType) -> bool:
+        entered = read_source(each) if full_name(each) == name else None
+        return entered is not None and all(entered.find(*key) is not None for key in inside)
+
     source = read_source(function)
     node = None if source is None else source.find(call, ordinal)
     callee = getattr(node.node, "func", None) if node is not None else None
     if source is not None and callee is not None:
-        found = innermost(resolve(source, callee), lambda each: full_name(each) == name)
+        found = innermost(resolve(source, callee), is_meant)
         if found is not None:
             return found
     raise PlanError(f"call {call!r} number {ordinal} of {full_name(function)} does not enter {name!r}")

@@ -174,7 +174,7 @@ def _made(given: Given) -> None:
 
 
 def _unflatten(given: Given) -> None:
-    source, out = given.call.args[0], given.call.out
+    source, out = given.dense(0, "input"), given.call.out
     dim = given.dense(1, "dim") % source.ndim
     sizes = given.get(2, "sizes")
     right = given.live.shape(out)[dim : dim + len(sizes)]
@@ -183,7 +183,7 @@ def _unflatten(given: Given) -> None:
 
 
 def _repeat(given: Given) -> None:
-    source, out = given.live.shape(given.call.args[0]), given.live.shape(given.call.out)
+    source, out = given.live.shape(given.dense(0, "input")), given.live.shape(given.call.out)
     padded = (1,) * (len(out) - len(source)) + source
     if any(now % then for now, then in zip(out, padded, strict=True) if then):
         raise Unrepairable("copies of different sizes")
@@ -220,16 +220,16 @@ def _split(given: Given) -> None:
     name = getattr(given.func, "__name__", call.name)
     if into is None or isinstance(into, Tensor | Node):
         return
-    now = _parts(given.shape(given.args[0])[dim], into, name)
+    now = _parts(given.shape(given.get(0, "input"))[dim], into, name)
     given.numbers.append(Number(Argument("split"), tuple(now), tuple(right)))
     if now == right:
         return
     given.func = torch.split
-    given.args, given.kwargs = [given.args[0], right], {"dim": dim}
+    given.args, given.kwargs = [given.get(0, "input"), right], {"dim": dim}
 
 
 def _narrow(given: Given) -> None:
-    source = given.call.args[0]
+    source = given.dense(0, "input")
     dim, start, length = (given.dense(i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
     if isinstance(start, Node):
         return
@@ -240,7 +240,7 @@ def _narrow(given: Given) -> None:
 
 
 def _subscript(given: Given) -> None:
-    source, dense_index, index = given.call.args[0], given.call.args[1], given.args[1]
+    source, dense_index, index = given.dense(0, "input"), given.call.args[1], given.args[1]
     dense_items = dense_index if isinstance(dense_index, tuple) else (dense_index,)
     items = list(index) if isinstance(index, tuple) else [index]
     if not isinstance(source, Node) or len(items) != len(dense_items):
@@ -320,7 +320,7 @@ def _picked(given: Given, argument: Argument, source: Node, dim: int, dense: Seq
 
 
 def _select(given: Given) -> None:
-    source, dim, index = given.call.args[0], given.dense(1, "dim"), given.dense(2, "index")
+    source, dim, index = given.dense(0, "input"), given.dense(1, "dim"), given.dense(2, "index")
     kept = given.live.positions(source, dim % source.ndim)
     if kept is not None:
         given.correct(2, "index", _place(kept, index))
@@ -334,7 +334,7 @@ def _place(kept: Tensor, index: int) -> int:
 
 
 def _index_select(given: Given) -> None:
-    source, dim, index = given.call.args[0], given.dense(1, "dim"), given.dense(2, "index")
+    source, dim, index = given.dense(0, "input"), given.dense(1, "dim"), given.dense(2, "index")
     dim %= source.ndim
     if given.live.positions(source, dim) is not None:
         now = given.get(2, "index")
@@ -344,7 +344,7 @@ def _index_select(given: Given) -> None:
 
 
 def _roll(given: Given) -> None:
-    source, shifts, dims = given.call.args[0], given.dense(1, "shifts"), given.dense(2, "dims", ())
+    source, shifts, dims = given.dense(0, "input"), given.dense(1, "shifts"), given.dense(2, "dims", ())
     if not given.live.changes(source):
         return
     of = (dims,) if _is_int(dims) else tuple(dims)
@@ -364,7 +364,7 @@ def _shift(live: Live, source: Node, dim: int, shift: int) -> int:
 
 
 def _triangle(given: Given) -> None:
-    source, lower = given.call.args[0], "tril" in given.call.name
+    source, lower = given.dense(0, "input"), "tril" in given.call.name
     if not given.live.changes(source):
         return
     dense = getattr(torch.ones(source.shape[-2:], dtype=torch.bool), "tril" if lower else "triu")
@@ -384,7 +384,7 @@ def _triangle(given: Given) -> None:
 
 
 def _convolution(given: Given) -> None:
-    source, weight = given.shape(given.args[0]), given.shape(given.args[1])
+    source, weight = given.shape(given.get(0, "input")), given.shape(given.get(1, "weight"))
     groups = source[1 - len(weight)] // weight[1] if weight[1] else 1
     if groups != given.get(6, "groups", 1) or 6 < len(given.args) or "groups" in given.kwargs:
         given.correct(6, "groups", groups)
@@ -393,18 +393,18 @@ def _convolution(given: Given) -> None:
 def _transposed_convolution(given: Given) -> None:
     groups = given.dense(6, "groups", 1)
     if groups != 1:
-        source, weight = given.call.args[0], given.call.args[1]
+        source, weight = given.dense(0, "input"), given.dense(1, "weight")
         width = source.shape[-(weight.ndim - 1)] // groups
-        given.correct(6, "groups", given.shape(given.args[0])[-(weight.ndim - 1)] // width)
+        given.correct(6, "groups", given.shape(given.get(0, "input"))[-(weight.ndim - 1)] // width)
 
 
 def _normalized_shape(given: Given) -> None:
     shape = tuple(given.get(1, "normalized_shape"))
-    given.correct(1, "normalized_shape", given.shape(given.args[0])[-len(shape) :])
+    given.correct(1, "normalized_shape", given.shape(given.get(0, "input"))[-len(shape) :])
 
 
 def _group_norm(given: Given) -> None:
-    source, groups = given.call.args[0], given.dense(1, "num_groups")
+    source, groups = given.dense(0, "input"), given.dense(1, "num_groups")
     kept = given.live.positions(source, 1)
     if kept is not None and groups > 1:
         # Either whole groups go, or every group loses as much.
@@ -412,8 +412,8 @@ def _group_norm(given: Given) -> None:
 
 
 def _attention(given: Given) -> None:
-    width = given.call.args[0].shape[-1]
-    if given.get(6, "scale") is None and given.shape(given.args[0])[-1] != width:
+    width = given.dense(0, "query").shape[-1]
+    if given.get(6, "scale") is None and given.shape(given.get(0, "query"))[-1] != width:
         given.correct(6, "scale", width**-0.5)
 
 

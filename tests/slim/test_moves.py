@@ -1,10 +1,14 @@
 """Channels that a forward rolls, turns, shuffles or picks by their numbers: the numbers follow the cut."""
 
+import copy
+import functools
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunegate
@@ -82,6 +86,33 @@ class Filled(Moving):
         return x * (y + torch.ones([self.width, 1, 1], dtype=x.dtype) + torch.ones(size=(8, 1, 1)))
 
 
+def passing_on(implementation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A decorator whose wrapper takes the name of what it wraps."""
+
+    @functools.wraps(implementation)
+    def wrapper(x: Tensor, weight: Tensor) -> Tensor:
+        return implementation(x, weight=weight).relu()
+
+    return wrapper
+
+
+@passing_on
+def flattened(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.reshape(x.shape[0], 8, 64).view(x.shape[0], 8, 8, 8)
+    return F.conv2d(input=x, weight=weight[:, None, None, None], groups=8)
+
+
+class Decorated(Moving):
+    """The numbers are in a function behind a decorator, and given by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def move(self, x: Tensor) -> Tensor:
+        return flattened(x, self.scale)
+
+
 class Repeatedly(Moving):
     def move(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -104,8 +135,8 @@ class Shuffled(Moving):
         return torch.channel_shuffle(x, 2)
 
 
-MOVES = (Rolled, Selected, Subscripted, Stepped, OneByOne, Pairs, Filled, Repeatedly, LowerTriangle, UpperTriangle,
-         Shuffled)  # fmt: skip
+MOVES = (Rolled, Selected, Subscripted, Stepped, OneByOne, Pairs, Filled, Decorated, Repeatedly, LowerTriangle,
+         UpperTriangle, Shuffled)  # fmt: skip
 
 
 def cut(model: nn.Module, x: Tensor, seed: int) -> nn.Module:
@@ -215,6 +246,56 @@ def test_rows_and_columns_that_meet_on_a_diagonal_are_no_units() -> None:
     gated = prunegate.attach(model, x)
     assert {group.name for group in gated.groups} == {"b"}
     assert any("diagonal" in frozen.why for frozen in gated.frozen if frozen.tensor == "square")
+
+
+class Noisy(Moving):
+    """Draws numbers in eval mode, too."""
+
+    def move(self, x: Tensor) -> Tensor:
+        return x + torch.rand(x.shape[0], 1, 1, 1, dtype=x.dtype)
+
+
+def test_what_is_drawn_in_eval_mode_is_drawn_alike_by_what_is_compared() -> None:
+    model, x = randomise(Noisy().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = random_mask(gated, 0)
+    slim = gated.export()
+    torch.manual_seed(5)
+    drawn = slim(x)
+    torch.manual_seed(5)
+    torch.testing.assert_close(gated(x), drawn)
+
+
+class Remembers(Moving):
+    """Keeps what it computed of its weights in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 1, 1))
+        self.cache: dict[str, Tensor] = {}
+        self.last: Tensor | None = None
+
+    def move(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.cache.clear()
+        elif not self.cache:
+            self.cache["bias"] = self.bias.exp()
+        self.last = x * self.cache.get("bias", self.bias.exp())
+        return self.last
+
+
+def test_a_model_that_ran_with_gradients_before() -> None:
+    """What is left of such a forward has a history, which torch does not copy."""
+    model, x = randomise(Remembers().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
+    dense = model(x)
+    assert model.last.grad_fn is not None
+    gated = copy.deepcopy(prunegate.attach(model, x).eval())
+    torch.testing.assert_close(gated(x), dense)
+    gated.mask = random_mask(gated, 0)
+    gated(x)
+    slim = copy.deepcopy(gated).export()
+    torch.testing.assert_close(slim(x), gated(x))
+    assert torch.equal(model(x), dense)
 
 
 def test_positions_that_the_input_chooses_are_no_units() -> None:
