@@ -55,6 +55,10 @@ TABLE: dict[type[nn.Module], dict[str, Callable[[Any], Any]]] = {
     # torch's own fused kernels, and its checks, are for projections that are as wide as the input.
     nn.MultiheadAttention: {"_qkv_same_embed_dim": _is_packed},
     nn.PReLU: {"num_parameters": lambda m: m.weight.shape[0]},
+    nn.RNNCellBase: {
+        "input_size": lambda m: m.weight_ih.shape[1],
+        "hidden_size": lambda m: m.weight_hh.shape[1],
+    },
     nn.RNNBase: {
         "input_size": lambda m: m.weight_ih_l0.shape[1],
         "hidden_size": lambda m: m.weight_hh_l0.shape[0] // _GATES.get(m.mode, 1),

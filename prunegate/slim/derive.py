@@ -35,6 +35,7 @@ from prunegate.plan import (
 from prunegate.slim.apply import cut_model
 from prunegate.slim.arguments import SEQUENCE, find_argument, gives_sequence, size_expressions
 from prunegate.slim.attributes import plain
+from prunegate.slim.checks import failed_check
 from prunegate.slim.edits import Edit, edit_module
 from prunegate.slim.expected import Number, Unrepairable, check_call
 from prunegate.slim.features import FeatureWatch
@@ -141,9 +142,7 @@ class _Derivation:
         for index, call in enumerate(self.calls):
             self.executions.setdefault(_identity(call.frame), []).append(index)
         for _ in range(_MAX_ROUNDS):
-            watch = FeatureWatch(self.model, self.inputs)
-            with _as_before(self.slim), watch.on(self.slim):
-                result = replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
+            watch, result = self.replay()
             if not result.findings:
                 attributes = {**self.attributes}
                 with _as_before(self.slim), _as_before(self.model):
@@ -161,6 +160,17 @@ class _Derivation:
                 finding = result.findings[0]
                 raise self.unrepairable(finding, "its arguments stay wrong")
         raise self.unrepairable(result.findings[0], "one repair undoes another")
+
+    def replay(self) -> tuple[FeatureWatch, Replay]:
+        """Runs the cut model beside the record, when it passes its own checks of sizes."""
+        while True:
+            watch = FeatureWatch(self.model, self.inputs)
+            try:
+                with _as_before(self.slim), watch.on(self.slim):
+                    return watch, replay(self.slim, self.run, self.calls, self.live, frozenset(self.watched))
+            except UnrepairableError as error:
+                if not self.passes(error.__cause__):
+                    raise
 
     def unrepairable(self, finding: Finding, why: str) -> UnrepairableError:
         """The error that says that a call stays wrong."""
@@ -217,6 +227,12 @@ class _Derivation:
         if modules.get(name) is not module or isinstance(current, bool):
             return None
         return (name, steps[-1]) if isinstance(current, int | float | tuple | list) else None
+
+    def passes(self, error: BaseException | None) -> bool:
+        """Lets the cut model pass a check of a size by which it raised an exception; says whether that was it."""
+        failed = None if error is None else failed_check(error)
+        name = None if failed is None else self.names.get(id(failed.module))
+        return failed is not None and name is not None and self.set_attribute((name, failed.name), None, failed.size)
 
     def set_attribute(self, key: AttributeKey, entry: int | None, right: Any) -> bool:
         """Gives an attribute, or one entry of it, the right value; once only."""

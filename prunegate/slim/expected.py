@@ -456,7 +456,7 @@ def _scalars(given: Given) -> None:
 
 
 def _nothing(given: Given) -> None:
-    """Numbers of these calls are sizes or counts; the shape of the result tells whether they are right."""
+    """Numbers of these calls are sizes, counts or outcomes of checks; what comes of them shows if they are right."""
 
 
 RULES: dict[str, Callable[[Given], None]] = {
@@ -478,7 +478,8 @@ RULES: dict[str, Callable[[Given], None]] = {
     "scaled_dot_product_attention": _attention,
     "multi_head_attention_forward": _multi_head_attention,
     **dict.fromkeys(
-        ("arange", "linspace", "eye", "repeat_interleave", "tile", "one_hot", "topk", "unfold", "as_strided"),
+        ("_assert", "arange", "linspace", "eye", "repeat_interleave", "tile", "one_hot", "topk", "unfold",
+         "as_strided"),
         _nothing,
     ),
 }  # fmt: skip

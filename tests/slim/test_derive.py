@@ -1,6 +1,7 @@
 """Plans that are derived: each way of writing a size once, checked against the masked model at two batch sizes."""
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -315,3 +316,81 @@ def test_what_cannot_follow_names_the_tensors_in_the_way() -> None:
         derive_plan(model, traced.calls, kept, tensors, lambda slim: slim(x))
     assert any(node.shape == (2, 6) for node in caught.value.nodes)
     assert model.first.out_features == 6
+
+
+class Checked(nn.Module):
+    """Refuses inputs of another width than it was made for, in every way that is usual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width, self.config = width, nn.Identity()
+        self.config.width = width
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, width] to the same."""
+        _, channels = x.shape
+        if channels != self.width:
+            raise ValueError(f"expected {self.width} channels, {channels} were given")
+        return self.linear(x)
+
+
+class Asserting(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.width == x.shape[-1], "of another width"
+        return self.linear(x)
+
+
+class TorchAsserting(Checked):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.size(-1) == self.config.width, "of another width")
+        return self.linear(x)
+
+
+class Two(Checked):
+    """Two numbers in one condition; only one of them is wrong after a cut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 2 or x.size()[1] != self.width:
+            raise ValueError("of another width")
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("check", [Checked, Asserting, TorchAsserting, Two])
+def test_checks_of_sizes_are_passed(check: type[Checked]) -> None:
+    """Many in a row, each by a number of its own; the cut model checks, too."""
+    torch.manual_seed(0)
+    blocks = [layer for _ in range(20) for layer in (check(6), nn.ReLU())]
+    model = nn.Sequential(nn.Linear(3, 6), *blocks, nn.Linear(6, 2)).double().eval()
+    x = torch.randn(4, 3).double()
+    gated = prunegate.attach(model, x).eval()
+    assert len(gated.groups) == 21
+    gated.mask = random_mask(gated, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slim = gated.export()
+    torch.testing.assert_close(slim(x), gated(x))
+    kept = int(gated.mask[gated.groups[0].slice].sum())
+    assert slim[1].linear.in_features == kept < 6
+    with pytest.raises((ValueError, AssertionError), match=r"expected|another width"):
+        slim[1](torch.zeros(1, 6).double())
+
+
+class ForAnotherReason(Checked):
+    """What it is refused for is no size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < self.width:
+            raise ValueError("too narrow")
+        return self.linear(x)
+
+
+def test_other_checks_keep_what_they_check() -> None:
+    model = nn.Sequential(nn.Linear(3, 6), ForAnotherReason(6), nn.ReLU(), nn.Linear(6, 2)).double().eval()
+    x = torch.randn(4, 3).double()
+    gated = prunegate.attach(model, x).eval()
+    gated.mask = random_mask(gated, 1)
+    with pytest.warns(UserWarning, match="too narrow"):
+        slim = gated.export()
+    assert slim[0].out_features == 6
+    torch.testing.assert_close(slim(x), gated(x))
