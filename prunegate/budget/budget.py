@@ -54,6 +54,9 @@ class Budget:
 
     The logits belong to the budget: the user's optimizer, whatever it is, neither moves nor decays them.
 
+    Groups of which units cannot go, because the model's own code cannot follow, stay whole; a warning names them and
+    the place. A trial cut finds them, when the budget is made.
+
     Args:
         gated: What ``prunegate.attach`` returned.
         flops: Share of the dense model's FLOPs in (0, 1], or an absolute number of 1000 or more; one multiply-add is
