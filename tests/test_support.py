@@ -1,6 +1,8 @@
 """The README's support table is what the tool makes of the numbers of a sweep."""
 
 import json
+import os
+import signal
 from dataclasses import asdict
 from pathlib import Path
 
@@ -53,3 +55,19 @@ def test_the_readme_shows_what_the_tool_makes() -> None:
     shown = support.section(text)
     assert shown == support.table(support.parse(shown))
     assert all(line.passed <= line.total for line in support.parse(shown))
+
+
+def fragile(task: coverage.Task) -> coverage.Row:
+    """Stands for a model that takes more memory than there is."""
+    if task[2] == "too large":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return coverage.Row(task[1], task[2])
+
+
+def test_a_worker_that_is_killed_costs_its_own_row_only() -> None:
+    names = ["a", "too large", "b", "c"]
+    rows = list(coverage.in_processes([("timm", "family", name) for name in names], 2, fragile))
+    assert sorted(row.model for row in rows) == sorted(names)
+    assert {row.model: row.failure for row in rows if row.failure} == {
+        "too large": "its process was killed; out of memory?"
+    }

@@ -28,7 +28,10 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,7 +331,13 @@ def timm_rows(pattern: str) -> Iterator[tuple[str, str]]:
                 yield family, name
 
 
-def work(task: tuple[str, str, str]) -> Row:
+Task = tuple[str, str, str]
+"""Where a model comes from, its family, and its name; empty for the smallest of the family."""
+
+_TASKS_OF_A_WORKER = 8
+
+
+def work(task: Task) -> Row:
     """One model, in a worker process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -342,6 +351,39 @@ def work(task: tuple[str, str, str]) -> Row:
     if source == "timm":
         return examine(family, name, lambda: build_timm(name))
     return examine(family, name, builders_of(source)[name])
+
+
+def in_processes(tasks: Sequence[Task], jobs: int, run: Callable[[Task], Row] = work) -> Iterator[Row]:
+    """The rows of all tasks, in the order in which they are done. A worker that is killed costs its own row only.
+
+    Workers are replaced now and then: a process that has built many models does not give its memory back.
+    """
+    waiting = deque(tasks)
+    while waiting:
+        lost = yield from _in_one_pool(waiting, jobs, run)
+        for task in lost:  # one of them was killed: which, shows when each is alone
+            if (yield from _in_one_pool(deque([task]), 1, run)):
+                _, family, name = task
+                yield Row(family, name or smallest_of_family(family), failure="its process was killed; out of memory?")
+
+
+def _in_one_pool(waiting: deque[Task], jobs: int, run: Callable[[Task], Row]) -> Generator[Row, None, list[Task]]:
+    """Takes tasks from those that wait; returns those that ran when a worker was killed."""
+    running: dict[Future[Row], Task] = {}
+    left = _TASKS_OF_A_WORKER * jobs
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        while (waiting and left) or running:
+            try:
+                while waiting and left and len(running) < jobs:
+                    running[pool.submit(run, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                    left -= 1
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield future.result()
+                    del running[future]
+            except BrokenProcessPool:
+                return list(running.values())
+    return []
 
 
 Builders = dict[str, Callable[[], tuple[nn.Module, Any]]]
@@ -583,24 +625,22 @@ def main() -> int:
         done = {(row.family, row.model) for row in rows}
         tasks = [task for task in tasks if (task[1], task[2] or smallest_of_family(task[1])) not in done]
         console.print(f"{len(rows)} models were done before, {len(tasks)} are left", highlight=False)
-    # Workers are replaced now and then: a process that has built many models does not give its memory back.
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=8) as pool:
-        for row in pool.imap_unordered(work, tasks):
-            rows.append(row)
-            state = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
-            error = "" if row.error is None else f"error {row.error:.0e}"
-            console.print(
-                f"{state} {row.model}: {row.gates} gates, {row.prunable:.1%} prunable, "
-                f"{row.flops_left:.0%} FLOPs left, {error}, effect {row.effect:.2f}, "
-                f"attach {row.attach_seconds:.2f} s {row.failure}",
-                highlight=False,
-                soft_wrap=True,
-            )
-            if args.output:  # written as it goes: a sweep that is cut off keeps what it found
-                args.output.mkdir(parents=True, exist_ok=True)
-                ordered = sorted(rows, key=lambda each: (each.family, each.model))
-                (args.output / "coverage.json").write_text(json.dumps([asdict(each) for each in ordered], indent=1))
-                (args.output / "coverage.md").write_text(freedom(ordered) if args.shapes_free else markdown(ordered))
+    for row in in_processes(tasks, args.jobs):
+        rows.append(row)
+        state = "[green]ok[/]" if row.passed else "[red]FAILED[/]"
+        error = "" if row.error is None else f"error {row.error:.0e}"
+        console.print(
+            f"{state} {row.model}: {row.gates} gates, {row.prunable:.1%} prunable, "
+            f"{row.flops_left:.0%} FLOPs left, {error}, effect {row.effect:.2f}, "
+            f"attach {row.attach_seconds:.2f} s {row.failure}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if args.output:  # written as it goes: a sweep that is cut off keeps what it found
+            args.output.mkdir(parents=True, exist_ok=True)
+            ordered = sorted(rows, key=lambda each: (each.family, each.model))
+            (args.output / "coverage.json").write_text(json.dumps([asdict(each) for each in ordered], indent=1))
+            (args.output / "coverage.md").write_text(freedom(ordered) if args.shapes_free else markdown(ordered))
     failed = Table("model", "failure", title="failed") if not all(row.passed for row in rows) else None
     for row in rows:
         if failed is not None and not row.passed:
