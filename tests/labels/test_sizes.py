@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+import prunegate
 from prunegate.labels.rules import _move, _reshaped
 from prunegate.labels.shapes import Blanks, _is_blank, plain_name
 from prunegate.labels.trace import trace
@@ -132,3 +134,23 @@ def test_what_needs_values_is_computed() -> None:
     assert blanks.run(aten.nonzero.default, "nonzero", (source,), {}).shape == (0, 2)
     with pytest.raises(RuntimeError):
         blanks.run(aten.mm.default, "mm", (source, torch.zeros(3, 3)), {})
+
+
+class LargeTurned(nn.Module):
+    """A tensor that is too large to be computed while it is traced gets another shape in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(5, 6), nn.Conv1d(6, 4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, L, 5] to [N, 2]."""
+        x = self.a(x)
+        return self.head(self.b(x.transpose_(1, 2)).mean(-1))
+
+
+def test_large_tensors_may_turn_in_place() -> None:
+    gated = prunegate.attach(LargeTurned(), torch.randn(2, 20_000, 5))
+    assert [(group.name, group.size) for group in gated.groups] == [("a", 6), ("b", 4)]
+    gated.mask = torch.tensor([True, False] * 5)
+    assert gated.export().b.in_channels == 3
