@@ -85,13 +85,14 @@ def computed_tensors(model: nn.Module) -> dict[int, Tensor]:
     found: dict[int, Tensor] = {}
     for module in model.modules():
         for name, value in module.__dict__.items():
-            if not name.startswith("_") and type(value) in _HOLD_TENSORS:
+            if type(value) in _HOLD_TENSORS and name not in _STORES:
                 leaves = (each for each in tree_leaves(value) if isinstance(each, Tensor))
                 found |= {id(each): each.detach() for each in leaves if each.grad_fn is not None}
     return found
 
 
 _HOLD_TENSORS = frozenset([Tensor, dict, list, tuple])
+_STORES = frozenset(["_parameters", "_buffers", "_modules"])  # what torch keeps there are leaves
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

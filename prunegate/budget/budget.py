@@ -31,7 +31,7 @@ from prunegate.budget.schedule import Schedule, ramp
 from prunegate.budget.stopwatch import Timer
 from prunegate.budget.tables import make_trial, table_for
 from prunegate.budget.whole import Measured
-from prunegate.errors import BudgetError
+from prunegate.errors import BudgetError, ExportError
 from prunegate.gated import GatedModel
 from prunegate.gates import NOISE_FLOOR
 from prunegate.polynomial import Polynomial
@@ -91,6 +91,7 @@ class Budget:
 
     Raises:
         BudgetError: A value is malformed or out of reach, alone or beside the others; says what is reachable.
+        ExportError: No cut of the model runs.
 
     Example:
         >>> import torch, prunegate
@@ -552,15 +553,21 @@ class Budget:
         Groups of which it removes units that cannot go, which a trial before the search did not find, stay whole.
         """
         self._settle_once()
-        groups = self.gated.groups
-        while whole := self.gated.planner.whole_under(self.gated.mask.cpu()):
-            self._take(with_whole(groups, self._widths, whole))
+        while whole := self._stays_whole():
+            self._take(with_whole(self.gated.groups, self._widths, whole))
             try:
                 self._settle_once()
             except BudgetError as error:  # a search that is nearly over must not end by it
                 warn_of(whole, f". Then the budget cannot be met: {error}")
                 return
             warn_of(whole)
+
+    def _stays_whole(self) -> dict[str, str]:
+        """The groups of which the chosen mask removes units that cannot go."""
+        try:
+            return self.gated.planner.whole_under(self.gated.mask.cpu())
+        except ExportError:  # a search that is nearly over must not end by it: export() says what is wrong
+            return {}
 
     def _settle_once(self) -> None:
         self._listen()

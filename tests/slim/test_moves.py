@@ -248,6 +248,21 @@ def test_rows_and_columns_that_meet_on_a_diagonal_are_no_units() -> None:
     assert any("diagonal" in frozen.why for frozen in gated.frozen if frozen.tensor == "square")
 
 
+def test_a_search_does_not_end_by_what_cannot_be_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Rolled().double().eval(), torch.randn(2, 3, 8, 8).double()
+    gated = prunegate.attach(model, x)
+    budget = prunegate.Budget(gated, flops=0.5, steps=1)
+
+    def plan(mask: Tensor) -> None:
+        raise prunegate.ExportError("it does not run")
+
+    monkeypatch.setattr(gated.planner, "plan", plan)
+    budget.finish()
+    assert gated.cost.flops(gated.mask) <= 0.5 * gated.cost.flops()
+    with pytest.raises(prunegate.ExportError, match="does not run"):
+        gated.export()
+
+
 class Noisy(Moving):
     """Draws numbers in eval mode, too."""
 
@@ -273,22 +288,22 @@ class Remembers(Moving):
         super().__init__()
         self.bias = nn.Parameter(torch.randn(8, 1, 1))
         self.cache: dict[str, Tensor] = {}
-        self.last: Tensor | None = None
+        self._last: Tensor | None = None
 
     def move(self, x: Tensor) -> Tensor:
         if self.training:
             self.cache.clear()
         elif not self.cache:
             self.cache["bias"] = self.bias.exp()
-        self.last = x * self.cache.get("bias", self.bias.exp())
-        return self.last
+        self._last = x * self.cache.get("bias", self.bias.exp())
+        return self._last
 
 
 def test_a_model_that_ran_with_gradients_before() -> None:
     """What is left of such a forward has a history, which torch does not copy."""
     model, x = randomise(Remembers().double(), seed=0).eval(), torch.randn(2, 3, 8, 8).double()
     dense = model(x)
-    assert model.last.grad_fn is not None
+    assert model._last.grad_fn is not None
     gated = copy.deepcopy(prunegate.attach(model, x).eval())
     torch.testing.assert_close(gated(x), dense)
     gated.mask = random_mask(gated, 0)
