@@ -158,6 +158,24 @@ def test_the_devices_own_width(capability: str, width: int, monkeypatch: pytest.
     assert math.gcd(*kept) == width
 
 
+@pytest.mark.parametrize(("capability", "steps"), [("AVX512", [16, 16, 32, 64, 64]), ("AVX2", [8, 16, 32, 64, 64])])
+def test_the_devices_own_width_grows_with_the_layer(
+    capability: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    sizes = [64, 128, 256, 512, 1024]
+    layers = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip([3, *sizes], sizes, strict=False)]
+    gated = prunegate.attach(nn.Sequential(*layers, nn.Linear(sizes[-1], 2)), torch.randn(1, 3))
+    torch.manual_seed(0)
+    seen = dict.fromkeys(sizes, 0)
+    for share in (0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7):
+        gated.logits.data.normal_(0, 3)
+        Budget(gated, params=share, steps=10, round_to="auto").finish()
+        for group in gated.groups:
+            seen[group.size] = math.gcd(seen[group.size], int(gated.mask[group.slice].sum()))
+    assert [seen[size] for size in sizes] == steps
+
+
 def test_a_scaled_loss_with_overflows_moves_the_logits_as_without() -> None:
     found = []
     for scale in (1.0, 2.0**16):

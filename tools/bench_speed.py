@@ -4,9 +4,9 @@
     python tools/bench_speed.py --models resnet50 --flops 0.5 --batches 16 --rounds 15
 
 For each budget the units to keep are chosen from the weights' magnitudes (random weights: what is measured is speed)
-with ``round_to="auto"`` (16 on a processor with AVX-512, 8 on others), and the model is cut. Dense and slim models run
-in turn, in both memory formats, ``rounds`` times after one that is not timed; a model's time is the median in its
-better format, and a speed-up is the ratio of the two.
+with ``round_to="auto"`` (see ``prunegate.Budget``), and the model is cut. Dense and slim models run in turn, in both
+memory formats, ``rounds`` times after one that is not timed; a model's time is the median in its better format, and a
+speed-up is the ratio of the two.
 With ``--latency`` the budget is on measured latency instead of FLOPs.
 """
 

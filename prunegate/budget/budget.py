@@ -12,15 +12,7 @@ from torch import Tensor
 from prunegate.budget.following import followed, warn_of, with_whole
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.learner import Learner, initial_ranks, magnitudes
-from prunegate.budget.limits import (
-    MEGABYTE,
-    PICOSECONDS,
-    check_together,
-    make_limits,
-    make_widths,
-    resolve_round_to,
-    show,
-)
+from prunegate.budget.limits import MEGABYTE, PICOSECONDS, check_together, make_limits, make_widths, show, tile_of
 from prunegate.budget.memory import MemoryModel
 from prunegate.budget.mixing import Mixing
 from prunegate.budget.nested import Levels, smallest_of
@@ -77,7 +69,8 @@ class Budget:
         tau: Temperature of the relaxed gates that gradients flow through, a number or (start, end).
         noise: Scale of the logistic noise in the draws, a number or (start, end).
         round_to: Kept widths are multiples of this, except where a group is smaller: a number, ``"auto"`` (what the
-            device likes), or a mapping from patterns of group names to numbers.
+            device likes: 8 or 16 elements, and more, up to 64, where that is at most an eighth of the group), or a
+            mapping from patterns of group names to these.
         min_keep: What every group keeps at least: a share of its units (float), their number (int), or a mapping from
             patterns. One unit by default.
         max_keep: What every group keeps at most, likewise.
@@ -129,10 +122,9 @@ class Budget:
         self.selection: Selection | None = None
         self._gates = gated.prunegate
         self._tau, self._noise = ramp("tau", tau, positive=True), ramp("noise", noise, positive=False)
-        rounding = resolve_round_to(round_to, gated.logits.device)
         patterns = (ignore,) if isinstance(ignore, str) else ignore
-        params_of = gated.cost.polynomials["params"]
-        widths = make_widths(gated.groups, params_of, rounding, min_keep, max_keep, patterns)
+        params_of, tile = gated.cost.polynomials["params"], tile_of(gated.logits.device)
+        widths = make_widths(gated.groups, params_of, tile, round_to, min_keep, max_keep, patterns)
         self._widths = followed(gated, widths)
         flops, several = smallest_of("flops", flops, (params, latency, latency_ms, memory_mb))
         self._levels = None

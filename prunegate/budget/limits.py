@@ -17,11 +17,13 @@ from prunegate.operators import ONE_OF
 from prunegate.polynomial import Polynomial
 from prunegate.select import Limit, Width, greatest_mask, least_mask, least_masks
 
-__all__ = ["MEGABYTE", "PICOSECONDS", "check_together", "make_limits", "make_widths", "resolve_round_to", "show"]
+__all__ = ["MEGABYTE", "PICOSECONDS", "check_together", "make_limits", "make_widths", "show", "tile_of"]
 
 _LEAST_ABSOLUTE = 1000
 _AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
 _AUTO_CPU = {"AVX512": 16}  # 32-bit elements of one register; AVX2 and anything else: 8
+_FINEST = 8  # kernels block wide layers by two, four or eight of these; a block this share of its group is fine enough
+_MOST_ELEMENTS = 64
 
 
 PICOSECONDS = 10**9
@@ -141,7 +143,7 @@ def _share_up(part: int, whole: int) -> float:
     return math.ceil(part / max(whole, 1) * 10_000) / 10_000
 
 
-def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Mapping[str, int],
+def make_widths(groups: Sequence[Group], params: Polynomial, tile: int, round_to: int | str | Mapping[str, Any],
                 min_keep: float | Mapping[str, float] | None, max_keep: float | Mapping[str, float] | None,
                 ignore: Collection[str]) -> list[Width]:  # fmt: skip
     """What each group may keep.
@@ -149,7 +151,8 @@ def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Map
     Args:
         groups: The groups.
         params: The parameter count, from which the width of a unit is known (a head of 64 channels is 64 wide).
-        round_to: Widths are multiples of this; one number, or by pattern of group names.
+        tile: What ``"auto"`` begins with, from :func:`tile_of`.
+        round_to: Widths are multiples of this; one number or ``"auto"``, or by pattern of group names.
         min_keep: Least share (float in (0, 1]) or number (int) of units; one, or by pattern.
         max_keep: Greatest share or number of units, likewise.
         ignore: Patterns of groups that are held open.
@@ -169,8 +172,13 @@ def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Map
     greatest = _by_group("max_keep", 1.0 if max_keep is None else max_keep, groups, 1.0)
     widths = []
     for group, step, low, high in zip(groups, rounding, least, greatest, strict=True):
+        unit = int(np.gcd.reduce(positions[group.slice].numpy()))
+        if step == "auto":
+            step = _auto(unit * group.size, tile)
         if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-            raise BudgetError(f"round_to={step!r} was given for {group.name!r}; expected a whole number of 1 or more")
+            raise BudgetError(
+                f"round_to={step!r} was given for {group.name!r}; expected a whole number of 1 or more, or 'auto'"
+            )
         if group.kind == ONE_OF:
             widths.append(Width(group.slice, 1, 1, one_of=True, options=(0,) if group.name in held else None))
             continue
@@ -182,7 +190,6 @@ def make_widths(groups: Sequence[Group], params: Polynomial, round_to: int | Map
             asked = isinstance(min_keep, Mapping) and any(fnmatchcase(group.name, each) for each in min_keep)
             widths.append(Width(group.slice, int(asked), 1))
             continue
-        unit = int(np.gcd.reduce(positions[group.slice].numpy()))
         multiple = step // math.gcd(step, unit) if unit else step
         width = Width(group.slice, max(1, _units("min_keep", low, group)), max(1, _units("max_keep", high, group)),
                       multiple)  # fmt: skip
@@ -227,10 +234,18 @@ def _units(name: str, value: Any, group: Group) -> int:
     )
 
 
-def resolve_round_to(round_to: Any, device: torch.device) -> Any:
-    """Replaces ``"auto"`` by the width that the device likes."""
-    if isinstance(round_to, Mapping):
-        return {pattern: resolve_round_to(value, device) for pattern, value in round_to.items()}
-    if round_to != "auto":
-        return round_to
+def tile_of(device: torch.device) -> int:
+    """Elements that the device's arithmetic works on at once, in float32 on a CPU, in half precision on others."""
     return _AUTO_CUDA if device.type != "cpu" else _AUTO_CPU.get(torch.backends.cpu.get_cpu_capability(), 8)
+
+
+def _auto(elements: int, tile: int) -> int:
+    """What ``"auto"`` rounds a group of so many elements to.
+
+    Convolutions and matrix products run fastest on blocks of several tiles, up to 64 elements (oneDNN's and the
+    tensor cores' alike). The tile is doubled up to that while a block is at most an eighth of the group.
+    """
+    step = tile
+    while 2 * step <= min(_MOST_ELEMENTS, elements // _FINEST):
+        step *= 2
+    return step
