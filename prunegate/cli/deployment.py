@@ -212,7 +212,8 @@ def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor,
 
 
 def _to_compile(model: nn.Module, example: Tensor, path: Path, *_: Any) -> _Run:
-    compiled = torch.compile(model, dynamic=True)
+    # As people call it. With dynamic=True sizes of images would be symbols, too: padding that follows them takes long.
+    compiled = torch.compile(model)
 
     def run(batch: Tensor) -> Tensor:
         with torch.no_grad():
