@@ -9,6 +9,8 @@ from pathlib import Path
 import yaml
 from timm.utils import ParseKwargs
 
+from prunegate.cli.pruning import rounding
+
 __all__ = ["BUDGETS", "parse_args", "write_args"]
 
 BUDGETS = ("flops", "params", "latency", "latency_ms", "memory_mb")
@@ -71,17 +73,13 @@ def _parser(first: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _rounding(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 def _add_pruning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--flops", type=float, help="budget: share of the dense FLOPs, or an absolute number")
     group.add_argument("--params", type=float, help="budget: share of the dense parameters, or an absolute number")
     group.add_argument("--latency", type=float, help="budget: share of the dense latency, measured on --device")
     group.add_argument("--latency-ms", type=float, help="budget: the same in milliseconds")
     group.add_argument("--memory-mb", type=float, help="budget: peak memory of a forward, in 2**20 bytes")
-    group.add_argument("--round-to", type=_rounding, default=1, help="make kept widths a multiple of this; auto: what "
+    group.add_argument("--round-to", type=rounding, default=1, help="make kept widths a multiple of this; auto: what "
                        "the device likes")  # fmt: skip
     group.add_argument("--units", nargs="+", default=["channel", "head"], help="kinds of units to prune")
     group.add_argument("--ignore", nargs="*", default=[], help="patterns of module or parameter names to leave whole")

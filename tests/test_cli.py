@@ -63,11 +63,14 @@ def test_prune_repairs_and_writes_file_and_folder(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, folder = tmp_path / "s.safetensors", tmp_path / "hub"
-    command = ["prune", "test_resnet", "--params", "0.6", "--data", str(pictures), "--refit", "--score", "taylor"]
+    command = ["prune", "test_resnet", "--params", "0.6", "--data", str(pictures), "--refit", "--score", "taylor",
+               "--round-to", "auto"]  # fmt: skip
     assert main([*command, "--out", str(file), "--hub", str(folder), "--json"]) == 0
     found = output(capsys)
     assert found["slim"]["params"] <= 0.6 * found["dense"]["params"]
     assert found["refitted_layers"] > 3
+    widths = [m.out_channels for m in prunegate.load(file).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert all(width % 8 == 0 for width in widths)
     x = torch.randn(1, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(prunegate.load(file)(x), prunegate.load(folder)(x))

@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import prunegate
+from prunegate.cli.pruning import rounding
 
 MODELS = ("resnet50", "mobilenetv2_100", "deit_small_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224")
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latency", nargs="+", type=float, help="shares of the dense latency, instead of FLOPs")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--round-to", type=lambda text: text if text == "auto" else int(text), default="auto",
+    parser.add_argument("--round-to", type=rounding, default="auto",
                         help='kept widths are multiples of this (default: "auto", what the processor likes)')
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number if left out")
     parser.add_argument("--out", type=Path, help="folder for speed.json and speed.md")

@@ -27,6 +27,7 @@ import prunegate
 from prunegate.budget.latency import LatencyTable
 from prunegate.budget.stopwatch import time_in_turn
 from prunegate.budget.whole import cut, measure
+from prunegate.cli.pruning import rounding
 from prunegate.labels.trace import call_model
 
 
@@ -45,7 +46,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--slim", type=float, nargs="+", default=[], metavar="SHARE",
                         help="cut to these shares of the dense latency; measure dense and slim in turn")  # fmt: skip
     parser.add_argument("--predicted", action="store_true", help="with --slim: choose by predicted times alone")
-    parser.add_argument("--round-to", type=int, default=1, help="multiple that widths are rounded to for --slim")
+    parser.add_argument("--round-to", type=rounding, default=1,
+                        help="multiple that widths are rounded to for --slim; auto: what the device likes")  # fmt: skip
     return parser.parse_args(argv)
 
 

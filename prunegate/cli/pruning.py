@@ -17,7 +17,12 @@ from prunegate.oneshot import one_shot
 from prunegate.refitting import refit
 from prunegate.scores import SCORES
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "rounding", "run"]
+
+
+def rounding(text: str) -> int | str:
+    """What ``--round-to`` takes: a number, or ``auto``."""
+    return text if text == "auto" else int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flops", type=float, help="budget: share of the dense FLOPs, or an absolute number")
     parser.add_argument("--params", type=float, help="budget: share of the dense parameters, or an absolute number")
     parser.add_argument("--score", default="magnitude", choices=sorted(SCORES), help="what stays (default: magnitude)")
-    parser.add_argument("--round-to", type=int, default=1, metavar="N", help="make kept widths a multiple of this")
+    parser.add_argument("--round-to", type=rounding, default=1, metavar="N",
+                        help="make kept widths a multiple of this; auto: what the device likes")  # fmt: skip
     parser.add_argument("--ignore", nargs="*", default=[], help="patterns of groups to leave whole")
     parser.add_argument("--data", metavar="FOLDER", help="pictures, without labels, for --score taylor and --refit")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many of them (default: 256)")
