@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunegate.cli.eight_bits import quantise
 from prunegate.errors import ExportError
 
 __all__ = ["TARGETS", "deploy", "open_onnx"]
@@ -186,28 +187,12 @@ def open_onnx(path: Path) -> _Run:
 
 
 def _to_int8(model: nn.Module, example: Tensor, path: Path, calibration: Tensor, plain: Path | None) -> _Run:
-    """Static quantisation of the ONNX graph: int8 weights per channel, activations in ranges seen on images.
-
-    The graph is read from ``plain`` where the model has just been written there.
-    """
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Images(CalibrationDataReader):
-        def __init__(self, entry: str) -> None:
-            self.left = iter([{entry: part.numpy()} for part in calibration.split(16)])
-
-        def get_next(self) -> Any:
-            return next(self.left, None)
-
+    """The ONNX graph in eight bits; it is read from ``plain`` where the model has just been written there."""
     with tempfile.TemporaryDirectory() as place:
-        ready = Path(place, "ready.onnx")
         if plain is None:
             plain = Path(place, "plain.onnx")
             _to_onnx(model, example, plain)
-        quant_pre_process(str(plain), str(ready), skip_symbolic_shape=True)
-        quantize_static(str(ready), str(path), Images("input"), quant_format=QuantFormat.QDQ, per_channel=True,
-                        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)  # fmt: skip
+        quantise(plain, path, calibration, open_onnx)
     return open_onnx(path)
 
 
