@@ -62,7 +62,7 @@ def test_budgets_hold(seed: int) -> None:
     dense = prunegate.count_flops(model, x)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* stay whole")
-        widths = followed(gated, make_widths(gated.groups, gated.cost.polynomials["params"], 1, None, None, ()))
+        widths = followed(gated, make_widths(gated.groups, gated.cost.polynomials["params"], 8, 1, None, None, ()))
         most = (least_cost(gated.cost.polynomials["flops"], widths) + dense) // 2
         prunegate.Budget(gated, flops=most, steps=1).finish()
     slim = gated.export()
