@@ -22,8 +22,8 @@ __all__ = ["MEGABYTE", "PICOSECONDS", "check_together", "make_limits", "make_wid
 _LEAST_ABSOLUTE = 1000
 _AUTO_CUDA = 8  # elements of the tiles that tensor cores work on
 _AUTO_CPU = {"AVX512": 16}  # 32-bit elements of one register; AVX2 and anything else: 8
-_FINEST = 8  # kernels block wide layers by two, four or eight of these; a block this share of its group is fine enough
-_MOST_ELEMENTS = 64
+_BLOCKS = 8  # fewer blocks in a group would be too coarse a choice
+_MOST_ELEMENTS = 64  # of a block
 
 
 PICOSECONDS = 10**9
@@ -246,6 +246,6 @@ def _auto(elements: int, tile: int) -> int:
     tensor cores' alike). The tile is doubled up to that while a block is at most an eighth of the group.
     """
     step = tile
-    while 2 * step <= min(_MOST_ELEMENTS, elements // _FINEST):
+    while 2 * step <= min(_MOST_ELEMENTS, elements // _BLOCKS):
         step *= 2
     return step

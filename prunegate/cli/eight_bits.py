@@ -26,13 +26,18 @@ def quantise(plain: Path, path: Path, images: Tensor, open_file: Callable[[Path]
     counts more than 1: a single far-off image decides nothing). No labels are needed.
 
     Args:
-        plain: The float32 graph, with one input.
+        plain: The float32 graph, with one input, named ``input``.
         path: Where the quantised graph goes.
         images: float32 ``[n, channels, height, width]``; they are seen a few at a time.
         open_file: Gives a function that runs a file.
     """
-    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
-    from onnxruntime.quantization import quantize_static as quantize
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     parts = images.split(_BATCH)
@@ -62,15 +67,16 @@ def quantise(plain: Path, path: Path, images: Tensor, open_file: Callable[[Path]
         for covered in _COVERED:
             file = Path(place, f"{covered}.onnx")
             method = CalibrationMethod.MinMax if covered == 100 else CalibrationMethod.Percentile
-            quantize(str(ready), str(file), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
-                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
-                     extra_options={"CalibStridedMinMax": 1, "CalibPercentile": covered})  # fmt: skip
+            # "Strided" means batch by batch, under either method.
+            quantize_static(str(ready), str(file), Images(), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
+                            extra_options={"CalibStridedMinMax": 1, "CalibPercentile": covered})  # fmt: skip
             run = open_file(file)
-            errors[file] = sum(_apart(run(part), right) for part, right in zip(parts, wanted, strict=True))
+            errors[file] = sum(_relative_error(run(part), right) for part, right in zip(parts, wanted, strict=True))
         shutil.move(min(errors, key=errors.__getitem__), path)
 
 
-def _apart(found: Tensor, wanted: Tensor) -> float:
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
     """The relative errors of the images' outputs, each at most 1, summed up."""
     difference, size = (rows.reshape(len(rows), -1).norm(dim=1) for rows in (found - wanted, wanted))
     return float((difference / size.clamp(min=1e-12)).clamp(max=1).sum())
