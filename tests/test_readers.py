@@ -172,6 +172,16 @@ def test_budget_is_spent_on_what_is_read() -> None:
     assert gated.chosen["before"] != "conv"
 
 
+def test_a_budget_that_is_not_used_up_says_why() -> None:
+    gated = prunegate.attach(Dead(), torch.randn(2, 4, 6, 6), units=())
+    gated.logits.data[gated.gate_map.choices["gate"]] = torch.tensor([-20.0, 20.0])
+    budget = prunegate.Budget(gated, flops=1.0, steps=10)
+    budget.finish()
+    assert gated.chosen["gate"] == "none"
+    assert gated.cost.flops(gated.mask) < 0.9 * gated.cost.flops()
+    assert "nothing would read it" in budget.report()
+
+
 def test_final_choice_closes_what_its_own_closing_of_another_leaves_unread() -> None:
     gated, _ = searched()
     own = gated.gate_map.choices

@@ -257,6 +257,8 @@ class Promise:
                     line += "; another budget binds"
                 elif selection.full:
                     line += "; one step more of any group would exceed a budget"
+                else:
+                    line += "; what else would fit scores lower, or nothing would read it"
             if _is_timed(limit) and selection is not None:
                 line += self._where_from()
             lines.append(line)
