@@ -108,7 +108,7 @@ class Selection:
         score: Sum of the scores of what stays.
         bound: The greatest score of the relaxed problem (fractions of units allowed, costs linearised at this choice).
             Costs are not convex, so a choice far away may score more; near this one none does.
-        full: Whether no further step of any group fits.
+        full: Whether no further step of any group fits; of operators, none that scores higher.
     """
 
     mask: Tensor

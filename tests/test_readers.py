@@ -179,7 +179,7 @@ def test_a_budget_that_is_not_used_up_says_why() -> None:
     budget.finish()
     assert gated.chosen["gate"] == "none"
     assert gated.cost.flops(gated.mask) < 0.9 * gated.cost.flops()
-    assert "nothing would read it" in budget.report()
+    assert "; no dearer operator or unit that fits would score higher" in budget.report()
 
 
 def test_final_choice_closes_what_its_own_closing_of_another_leaves_unread() -> None:

@@ -255,10 +255,11 @@ class Promise:
             if selection is not None and share < _ENOUGH:
                 if filled:
                     line += "; another budget binds"
+                elif any(width.one_of for width in self.widths):
+                    # A dearer operator may fit, and be worse: a search that leaves FLOPs over is right to.
+                    line += "; no dearer operator or unit that fits would score higher"
                 elif selection.full:
                     line += "; one step more of any group would exceed a budget"
-                else:
-                    line += "; what else would fit scores lower, or nothing would read it"
             if _is_timed(limit) and selection is not None:
                 line += self._where_from()
             lines.append(line)
