@@ -145,6 +145,27 @@ def test_torch_pruning_stays_within_the_budget_and_removes_heads() -> None:
     assert prunegate.count_flops(dense, example) == whole
 
 
+def test_torch_pruning_merges_patches_from_what_it_kept() -> None:
+    """Each of four neighbours loses the same channels that the patches lost, by the weights that are left."""
+    pytest.importorskip("torch_pruning")
+    dense, example = networks.NETWORKS["swin"].fresh(0), torch.zeros(1, 1, 28, 28)
+    most = 0.4 * prunegate.count_flops(dense, example)
+    slim = peers.torch_pruning(dense, example, most, [], {}, taylor=False, everywhere=False)
+    assert 0.9 * most < prunegate.count_flops(slim, example) <= most
+
+    def kept(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Which rows are left."""
+        return torch.tensor([int((before == row).flatten(1).all(1).nonzero()) for row in after])
+
+    channels = kept(dense.patch_embed.proj.weight, slim.patch_embed.proj.weight)
+    rows = torch.cat([32 * neighbour + channels for neighbour in range(4)])
+    (before, after) = (model.layers[1].downsample.reduction.weight for model in (dense, slim))
+    outputs = kept(before[:, rows], after)
+    assert 2 <= len(channels) < 32
+    assert 2 <= len(outputs) < 64
+    assert [module.num_heads for module in slim.modules() if hasattr(module, "qkv")] == [2, 2, 4, 4]
+
+
 # ------------------------------------------------------------------------------------------------ methods
 
 

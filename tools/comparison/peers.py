@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from timm.layers import Attention
+from timm.models.swin_transformer import PatchMerging, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,7 +88,10 @@ def _largest(cuts: Sequence[Callable[[float], nn.Module | None]], example: Tenso
 
 def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Iterable[tuple[Tensor, Tensor]],
                   costs: Costs, *, taylor: bool, everywhere: bool) -> nn.Module:  # fmt: skip
-    """Torch-Pruning 1.6.1, as in its examples for CNNs and timm's transformers (whole heads are removed).
+    """Torch-Pruning 1.6.1, as in its examples for CNNs, timm's transformers (whole heads are removed) and Swin.
+
+    It needs to be told how patches are merged, as in its example for Swin; the heads of windows it leaves whole, since
+    it cannot shorten their table of position biases along with them.
 
     Args:
         dense: The trained network; left as it is.
@@ -100,6 +104,27 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
     """
     import torch_pruning as tp
 
+    class Merging(tp.function.BasePruningFunc):  # type: ignore[misc]
+        """Four neighbours' channels in a row, normalised and projected."""
+
+        def prune_in_channels(self, layer: PatchMerging, idxs: Sequence[int]) -> nn.Module:
+            rows = [neighbour * layer.dim + index for neighbour in range(4) for index in idxs]
+            tp.prune_linear_in_channels(layer.reduction, rows)
+            tp.prune_layernorm_out_channels(layer.norm, rows)
+            layer.dim -= len(idxs)
+            return layer
+
+        def prune_out_channels(self, layer: PatchMerging, idxs: Sequence[int]) -> nn.Module:
+            tp.prune_linear_out_channels(layer.reduction, idxs)
+            layer.out_dim = layer.reduction.out_features
+            return layer
+
+        def get_in_channels(self, layer: PatchMerging) -> int:
+            return layer.dim
+
+        def get_out_channels(self, layer: PatchMerging) -> int:
+            return layer.reduction.out_features
+
     scored = copy.deepcopy(dense).eval()
     if taylor:
         _accumulate(scored, batches)
@@ -107,14 +132,17 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
     def cut(highest: float, head_share: float, share: float) -> nn.Module | None:
         model = _copy(scored)
         heads = {module.qkv: module.num_heads for module in model.modules() if isinstance(module, Attention)}
+        windows = {module.qkv: module.num_heads for module in model.modules() if isinstance(module, WindowAttention)}
         importance = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pruner = tp.pruner.BasePruner(
                 model, example, importance, global_pruning=everywhere, pruning_ratio=1 - share,
                 max_pruning_ratio=highest,
-                ignored_layers=[_last_linear(model)], num_heads=heads, prune_num_heads=bool(heads),
+                ignored_layers=[_last_linear(model)], num_heads=heads | windows, prune_num_heads=bool(heads),
                 prune_head_dims=not heads, head_pruning_ratio=head_share * (1 - share),
+                customized_pruners={PatchMerging: Merging()},
+                root_module_types=[nn.Conv2d, nn.Linear, PatchMerging],
             )  # fmt: skip
             pruner.step()
         for module in model.modules():
