@@ -378,6 +378,24 @@ def test_the_gradient_decides_which_layer_keeps_more() -> None:
     assert kept[0][1] < kept[1][1] - 10
 
 
+@pytest.mark.parametrize(("share", "decides"), [(0.97, False), (0.4, True)])
+def test_a_measured_start_is_left_only_as_units_go(share: float, decides: bool) -> None:
+    """What open gates say of groups is noise; under a mild budget nearly all are open."""
+    kept = []
+    for favoured in (0, 1):
+        gated = mlp()
+        calibration = [torch.randn(16, 32, generator=torch.Generator().manual_seed(7))]
+        budget = Budget(gated, params=share, steps=200, calibration=calibration)
+        push = torch.zeros(gated.logits.numel())
+        push[gated.groups[favoured].slice] = -1.0
+        for _ in range(200):
+            give_gradient(gated, push)
+            budget.step()
+        kept.append([int(gated.mask[group.slice].sum()) for group in gated.groups])
+    assert (kept[0][0] > kept[1][0] + 10) is decides
+    assert decides or kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_with_a_broken_gradient_is_skipped(bad: float) -> None:
     runs = []
@@ -448,24 +466,25 @@ def test_short_searches_end_on_budget(steps: int) -> None:
     assert gated.cost.params(gated.mask) <= 0.5 * gated.cost.params()
 
 
+@pytest.mark.parametrize("calibration", [None, [torch.randn(16, 32, generator=torch.Generator().manual_seed(7))]])
 @pytest.mark.parametrize("stop", [3, 12, 39])
-def test_a_resumed_search_is_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+def test_a_resumed_search_is_the_uninterrupted_one(stop: int, calibration: Any, tmp_path: Path) -> None:
     def run(gated: GatedModel, budget: Budget, first: int, last: int) -> None:
         for i in range(first, last):
             give_gradient(gated, torch.randn(gated.logits.numel(), generator=torch.Generator().manual_seed(i)))
             budget.step()
 
     whole = mlp()
-    run(whole, Budget(whole, params=0.5, steps=45), 0, 45)
+    run(whole, Budget(whole, params=0.5, steps=45, calibration=calibration), 0, 45)
 
     begun = mlp()
-    budget = Budget(begun, params=0.5, steps=45)
+    budget = Budget(begun, params=0.5, steps=45, calibration=calibration)
     run(begun, budget, 0, stop)
     torch.save({"model": begun.state_dict(), "budget": budget.state_dict()}, tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = mlp(seed=1)
     resumed.load_state_dict(saved["model"])
-    budget = Budget(resumed, params=0.5, steps=45)
+    budget = Budget(resumed, params=0.5, steps=45, calibration=calibration)
     budget.load_state_dict(saved["budget"])
     assert budget.step_count == stop
     run(resumed, budget, stop, 45)
@@ -478,6 +497,8 @@ def test_states_of_other_searches_are_refused() -> None:
     state = Budget(gated, params=0.5, steps=40).state_dict()
     with pytest.raises(BudgetError, match="steps 40, this budget has 41"):
         Budget(gated, params=0.5, steps=41).load_state_dict(state)
+    with pytest.raises(BudgetError, match="calibration False, this budget has True"):
+        Budget(gated, params=0.5, steps=40, calibration=[torch.randn(4, 32)]).load_state_dict(state)
     with pytest.raises(BudgetError, match="not a state"):
         Budget(gated, params=0.5, steps=40).load_state_dict({})
 

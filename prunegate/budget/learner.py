@@ -101,15 +101,15 @@ class Learner:
         mean = (sums / self._sizes)[self._group]
         return _BETWEEN_GROUPS * mean + _INSIDE_GROUPS * (gradient - mean)
 
-    def step(self, ranks: Tensor, gradient: Tensor, price: Tensor) -> Tensor:
-        """The ranks after one step, centred and clamped, float64 ``[n_gates]``."""
+    def step(self, ranks: Tensor, gradient: Tensor, price: Tensor, trust: float = 1.0) -> Tensor:
+        """The ranks after one step, ``trust`` times as long as usual, centred and clamped, float64 ``[n_gates]``."""
         shaped = self.shape(gradient, price)
         self._steps += 1
         self._first = _MOMENTUM * self._first + (1 - _MOMENTUM) * shaped
         self._second = _SECOND_MOMENT * self._second + (1 - _SECOND_MOMENT) * float(shaped.pow(2).mean())
         first = self._first / (1 - _MOMENTUM**self._steps)
         scale = (self._second / (1 - _SECOND_MOMENT**self._steps)) ** 0.5
-        moved = ranks - _RATE * first / scale if scale > 0 else ranks
+        moved = ranks - trust * _RATE * first / scale if scale > 0 else ranks
         return (moved - moved.mean()).clamp(-_LARGEST, _LARGEST)
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = ["METHODS", "Cell", "Outcome"]
 
 _SEARCH_SHARE = 0.2
 _SCORING_BATCHES = 20
+_CALIBRATION_BATCHES = 2
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Cut = Callable[["Cell"], nn.Module]
@@ -93,12 +95,17 @@ class Outcome:
     before: float
 
 
-def _gates(cell: Cell) -> Outcome:
-    """``prunegate.Budget`` with nothing but the budget and the steps; one learning-rate cycle over both phases."""
+def _gates(cell: Cell, calibrated: bool = False) -> Outcome:
+    """``prunegate.Budget`` with nothing but the budget and the steps; one learning-rate cycle over both phases.
+
+    With ``calibrated`` it measures the groups first, on two of the batches that other methods score with.
+    """
     steps = cell.recipe.steps
     gated = prunegate.attach(copy.deepcopy(cell.dense), cell.example)
     search = max(1, round(cell.options.get("search", _SEARCH_SHARE) * steps))
     options = {key: value for key, value in cell.options.items() if key != "search"}
+    if calibrated:
+        options["calibration"] = [images for images, _ in islice(cell.scoring(), _CALIBRATION_BATCHES)]
     budget = prunegate.Budget(gated, flops=cell.share, steps=search, **options)
     optimizer = optimizer_for(gated, cell.recipe, without=gated.logits)
     batches = batches_for(cell.training, cell.recipe, steps, cell.seed)
@@ -164,6 +171,7 @@ _CUTS: dict[str, Cut] = {
 
 METHODS: dict[str, Callable[[Cell], Outcome]] = {
     "prunegate": _gates,
+    "prunegate, calibrated": partial(_gates, calibrated=True),
     **{name: partial(_cut_first, cut) for name, cut in _CUTS.items()},
     "from scratch": _from_scratch,
 }
