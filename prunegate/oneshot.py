@@ -25,7 +25,8 @@ def one_shot(model: nn.Module, example_input: Any = None, score: str | Score | T
     """Cuts a trained model to a budget by a score, without training.
 
     What stays is chosen as at the end of a search, by :class:`prunegate.Budget`, with logits that rank the units of
-    each group by their scores. Scores of different layers are not compared: every group starts alike.
+    each group by their scores. Scores of different layers are not compared: every group starts alike, or, with
+    ``calibration=``, keeps what is measured to change the output least.
 
     Args:
         model: Any model that ``attach`` takes, or a gated one (its mask is then set).
@@ -35,7 +36,8 @@ def one_shot(model: nn.Module, example_input: Any = None, score: str | Score | T
         batches: Inputs, or pairs of inputs and labels, for scores that need data.
         loss: ``loss(output, labels)`` for scores that need one; cross-entropy by default.
         units: As for ``attach``.
-        **budget: ``flops=``, ``params=``, ``round_to=``, ``ignore=`` and all else that :class:`prunegate.Budget` takes.
+        **budget: ``flops=``, ``params=``, ``round_to=``, ``calibration=`` and all else that :class:`prunegate.Budget`
+            takes.
 
     Returns:
         The slim model, in the mode (train or eval) of ``model``.

@@ -143,23 +143,31 @@ def _searched(net: nn.Module, **more: object) -> prunegate.GatedModel:
     return gated
 
 
-@pytest.mark.parametrize("important", ["left", "right"])
-def test_a_search_starts_from_the_shares_that_change_the_output_least(important: str) -> None:
-    """Of two branches the one that makes the output keeps its units, which scores inside a group cannot say."""
+class Branches(nn.Module):
+    """A sum of two."""
 
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = (nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 8)) for _ in range(2))
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Sequential(nn.Linear(16, 40), nn.Tanh(), nn.Linear(40, 8)) for _ in range(2))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.left(x) + self.right(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
 
+
+def _branches(important: str) -> Branches:
+    """Of which one makes nearly all of the output."""
     net = models.randomise(Branches())
     other = {"left": net.right, "right": net.left}[important]
     with torch.no_grad():
         for parameter in other[2].parameters():
             parameter.mul_(0.01)
+    return net
+
+
+@pytest.mark.parametrize("important", ["left", "right"])
+def test_a_search_starts_from_the_shares_that_change_the_output_least(important: str) -> None:
+    """Of two branches the one that makes the output keeps its units, which scores inside a group cannot say."""
+    net = _branches(important)
     calibration = [torch.randn(32, 16, dtype=torch.float64)]
     gated = _searched(net, calibration=calibration)
     kept = {group.name.split(".")[0]: int(gated.mask[group.slice].sum()) for group in gated.groups}
@@ -168,6 +176,17 @@ def test_a_search_starts_from_the_shares_that_change_the_output_least(important:
     plain = _searched(net)
     without = {group.name.split(".")[0]: int(plain.mask[group.slice].sum()) for group in plain.groups}
     assert without[important] < 38
+
+
+def test_a_one_shot_cut_changes_the_output_less() -> None:
+    net, x = _branches("left"), torch.randn(64, 16, dtype=torch.float64)
+    changes = []
+    for more in ({}, {"calibration": [torch.randn(32, 16, dtype=torch.float64)]}):
+        slim = prunegate.one_shot(copy.deepcopy(net), x[:1], flops=0.6, **more)
+        with torch.no_grad():
+            changes.append(float((slim(x) - net(x)).square().mean()))
+        assert (slim.left[0].out_features > 38) is bool(more)
+    assert changes[1] < 0.1 * changes[0]
 
 
 def test_empty_calibration_and_choices_are_refused() -> None:

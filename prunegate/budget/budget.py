@@ -78,7 +78,8 @@ class Budget:
         ignore: Patterns of groups that are held open.
         calibration: Inputs of the model (labels beside them are not looked at), one or two batches as in training.
             With them the search starts from what is measured to change the output least: each group alone loses more
-            and more of its units, six forwards of every batch for a group. Without them all groups start alike.
+            and more of its units, six forwards of every batch for a group. Without them all groups start alike. Where
+            logits were set, they say in which order a group's units go.
 
     Attributes:
         gated: The gated model.
@@ -475,9 +476,9 @@ class Budget:
             if self._scored:
                 scores.append(self._squares / self._scored)
             logits = initial_ranks(scores, self._widths)
-            if self._calibration is not None:
-                damage = marginal_damage(self.gated, logits, self._widths, self._calibration)
-                logits = shared_out(logits, self.gated.gate_map.worth(damage), self._limits, self._widths)
+        if self._calibration is not None:
+            damage = marginal_damage(self.gated, logits, self._widths, self._calibration)
+            logits = shared_out(logits, self.gated.gate_map.worth(damage), self._limits, self._widths)
         self._ranks = from_first(logits, self.gated.logits.device)
         self._gates.phase = "search"
         self._hold()
