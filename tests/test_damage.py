@@ -83,6 +83,32 @@ def test_damage_is_the_change_of_the_output(net: Net, gated: prunegate.GatedMode
                 np.testing.assert_allclose(own, steepest, rtol=1e-6, atol=1e-8)
 
 
+def test_a_block_is_worth_what_the_output_loses_with_it() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.last = nn.Linear(5, 12), nn.Linear(12, 3)
+            self.a, self.b = (nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 12)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x = x + self.a(x)
+            x = x + self.b(x)
+            return self.last(x)
+
+    net = models.randomise(Residual())
+    x = torch.randn(16, 5, dtype=torch.float64)
+    gated = prunegate.attach(net, x[:1], units=("channel", "block"))
+    widths = [Width(group.slice, int(group.kind != "block"), group.size) for group in gated.groups]
+    found = marginal_damage(gated, torch.zeros(gated.logits.numel()).double(), widths, [x])
+    blocks = [float(found[group.slice]) for group in gated.groups if group.kind == "block"]
+    with torch.no_grad():
+        whole, stem = net(x), net.stem(x)
+        cuts = [net.last(stem + net.b(stem)), net.last(stem + net.a(stem))]
+        expected = [float((cut - whole).square().sum() / (whole - whole.mean(0)).square().sum()) for cut in cuts]
+    np.testing.assert_allclose(blocks, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("phase", ["open", "score", "search"])
 def test_measuring_leaves_nothing_behind(net: Net, gated: prunegate.GatedModel, phase: str) -> None:
     gated.train()

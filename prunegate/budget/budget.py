@@ -478,7 +478,7 @@ class Budget:
             logits = initial_ranks(scores, self._widths)
         if self._calibration is not None:
             damage = marginal_damage(self.gated, logits, self._widths, self._calibration)
-            logits = shared_out(logits, self.gated.gate_map.worth(damage), self._limits, self._widths)
+            logits = shared_out(logits, damage, self._limits, self._widths)
         self._ranks = from_first(logits, self.gated.logits.device)
         self._gates.phase = "search"
         self._hold()

@@ -42,7 +42,7 @@ def marginal_damage(gated: GatedModel, ranks: Tensor, widths: Sequence[Width], b
     Args:
         gated: The gated model.
         ranks: float64 ``[n_gates]``; in a group the least go first.
-        widths: The groups. Those that stay whole are not measured.
+        widths: The groups. Those of which nothing may go are not measured.
         batches: Inputs, or pairs of inputs and labels (which are not looked at), with several images each.
 
     Returns:
@@ -59,10 +59,11 @@ def marginal_damage(gated: GatedModel, ranks: Tensor, widths: Sequence[Width], b
         wanted = [_outputs(gated, each) for each in inputs]
         for width in widths:
             size = width.slice.stop - width.slice.start
-            if width.held or size < 2:
+            may_go = size - width.low
+            if may_go < 1:
                 continue
             order = torch.argsort(ranks[width.slice], stable=True) + width.slice.start
-            counts = sorted({min(size - 1, max(1, round(share * size))) for share in _SHARES})
+            counts = sorted({min(may_go, max(1, round(share * size))) for share in _SHARES})
             changes = []
             for count in counts:
                 mask = gated.gate_map.start()
@@ -70,9 +71,8 @@ def marginal_damage(gated: GatedModel, ranks: Tensor, widths: Sequence[Width], b
                 gated.mask = mask
                 found = [_change(_outputs(gated, each), whole) for each, whole in zip(inputs, wanted, strict=True)]
                 changes.append(sum(found) / len(found))
-            lost = np.interp(np.arange(size), [0, *counts], np.maximum.accumulate([0.0, *changes]))
-            steps = np.append(np.diff(lost), 0.0)
-            damage[order] = torch.from_numpy(np.maximum.accumulate(steps)) + _LEAST_DAMAGE
+            lost = np.interp(np.arange(size + 1), [0, *counts], np.maximum.accumulate([0.0, *changes]))
+            damage[order] = torch.from_numpy(np.maximum.accumulate(np.diff(lost))) + _LEAST_DAMAGE
     return damage
 
 
