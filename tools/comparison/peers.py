@@ -104,7 +104,7 @@ def torch_pruning(dense: nn.Module, example: Tensor, most: float, batches: Itera
     """
     import torch_pruning as tp
 
-    class Merging(tp.function.BasePruningFunc):  # type: ignore[misc]
+    class Merging(tp.function.BasePruningFunc):
         """Four neighbours' channels in a row, normalised and projected."""
 
         def prune_in_channels(self, layer: PatchMerging, idxs: Sequence[int]) -> nn.Module:
