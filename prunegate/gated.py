@@ -23,7 +23,7 @@ from prunegate.planning import Planner
 from prunegate.slim.apply import cut_along
 from prunegate.tensors import computed_tensors, fit_inputs, set_attributes_back
 
-__all__ = ["GatedModel"]
+__all__ = ["GatedModel", "drawn_alike"]
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}
 
@@ -307,7 +307,7 @@ class GatedModel(nn.Module):
             self.eval()
             slim.eval()
             with torch.no_grad():
-                masked, cut = (_tensors(_drawn_alike(model, inputs, self.logits.device)) for model in (self, slim))
+                masked, cut = (_tensors(drawn_alike(model, inputs, self.logits.device)) for model in (self, slim))
         finally:
             gates.phase = phase
             gates.fixed_mask.copy_(fixed)
@@ -342,7 +342,7 @@ class GatedModel(nn.Module):
         return "\n".join(lines)
 
 
-def _drawn_alike(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+def drawn_alike(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     """Runs a model that may draw numbers in eval mode, too; the next one draws the same."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         return call_model(model, inputs)

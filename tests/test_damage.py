@@ -217,9 +217,8 @@ def test_a_one_shot_cut_changes_the_output_less() -> None:
 
 def test_empty_calibration_and_choices_are_refused() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    budget = prunegate.Budget(prunegate.attach(net, torch.randn(1, 4)), flops=0.5, steps=10, calibration=[])
     with pytest.raises(BudgetError, match="calibration= has no batches"):
-        budget.finish()
+        prunegate.Budget(prunegate.attach(net, torch.randn(1, 4)), flops=0.5, steps=10, calibration=[])
     choice = prunegate.Choice([nn.Linear(4, 4), nn.Identity()], names=["linear", "skip"])
     gated = prunegate.attach(nn.Sequential(choice, nn.Linear(4, 2)), torch.randn(1, 4))
     with pytest.raises(BudgetError, match="choices of operators"):

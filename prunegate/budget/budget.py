@@ -131,6 +131,11 @@ class Budget:
         params_of, tile = gated.cost.polynomials["params"], tile_of(gated.logits.device)
         widths = make_widths(gated.groups, params_of, tile, round_to, min_keep, max_keep, patterns)
         self._widths = followed(gated, widths)
+        self._calibration = None if calibration is None else list(calibration)
+        if self._calibration is not None and not self._calibration:
+            raise BudgetError("calibration= has no batches; expected inputs of the model, a few dozen of them")
+        if self._calibration is not None and any(width.one_of for width in widths):
+            raise BudgetError("calibration= measures units, and this model has choices of operators; leave it out")
         flops, several = smallest_of("flops", flops, (params, latency, latency_ms, memory_mb))
         self._levels = None
         if several:
@@ -144,9 +149,6 @@ class Budget:
             if latency is not None and latency_ms is not None:
                 raise BudgetError("latency= and latency_ms= were both given; they say the same thing, pass one of them")
             self._table = table_for(gated, latency_table).part(gated)
-        self._calibration = None if calibration is None else list(calibration)
-        if self._calibration is not None and any(width.one_of for width in self._widths):
-            raise BudgetError("calibration= measures units, and this model has choices of operators; leave it out")
         self._latency_check = latency_check
         self._costs, self._promise = self._make_promise(self._table)
         n = gated.logits.numel()

@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from prunegate.batches import split_batch
-from prunegate.errors import BudgetError
-from prunegate.gated import GatedModel
-from prunegate.labels.trace import call_model
+from prunegate.gated import GatedModel, drawn_alike
 from prunegate.select import Limit, Width, select
 
 __all__ = ["marginal_damage", "shared_out"]
@@ -43,17 +41,12 @@ def marginal_damage(gated: GatedModel, ranks: Tensor, widths: Sequence[Width], b
         gated: The gated model.
         ranks: float64 ``[n_gates]``; in a group the least go first.
         widths: The groups. Those of which nothing may go are not measured.
-        batches: Inputs, or pairs of inputs and labels (which are not looked at), with several images each.
+        batches: At least one: inputs, or pairs of inputs and labels (which are not looked at), of several images each.
 
     Returns:
         float64 ``[n_gates]``, above 0; 1 where nothing was measured.
-
-    Raises:
-        BudgetError: There are no batches.
     """
     inputs = [split_batch(batch, gated)[0] for batch in batches]
-    if not inputs:
-        raise BudgetError("calibration= has no batches; expected inputs of the model, a few dozen of them")
     damage = torch.ones(ranks.numel(), dtype=torch.float64)
     with _measuring(gated):
         wanted = [_outputs(gated, each) for each in inputs]
@@ -133,11 +126,9 @@ def _copied(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _outputs(gated: GatedModel, inputs: Any) -> list[Tensor]:
     """What the model computes; one that draws numbers in eval mode draws the same each time."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        output = call_model(model, inputs)
+    output = drawn_alike(gated, inputs, gated.logits.device)
     return [leaf.double() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
