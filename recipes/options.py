@@ -85,6 +85,8 @@ def _add_pruning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ignore", nargs="*", default=[], help="patterns of module or parameter names to leave whole")
     group.add_argument("--dense-epochs", type=int, default=0, help="epochs of training before the search")
     group.add_argument("--search-epochs", type=int, default=10, help="epochs of the search")
+    group.add_argument("--refit", type=int, default=0, metavar="N", help="training images on which the cut is "
+                       "repaired in closed form before fine-tuning, without labels; 0: it is not")  # fmt: skip
     group.add_argument("--epochs", type=int, default=30, help="epochs of fine-tuning the slim model")
 
 

@@ -161,6 +161,8 @@ def prune(args: argparse.Namespace, interrupt: Interrupt) -> tuple[Path, nn.Modu
     place(slim, args, device)
     log.say(f"exported: {gated.cost.flops(gated.mask) / gated.cost.flops():.1%} of the FLOPs, "
             f"{gated.cost.params(gated.mask) / gated.cost.params():.1%} of the parameters")  # fmt: skip
+    if args.refit and reached < 2 and not bool(gated.mask.all()):
+        log.say(f"refitted layers: {repair(slim, dense, train_loader, args, device)}")
 
     # ---------------------------------------------------------------- 4. fine-tuning
     def go_on(optimizer: torch.optim.Optimizer) -> None:
@@ -397,6 +399,25 @@ def agreed(flag: bool, args: argparse.Namespace, device: torch.device) -> bool:
     shared = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
     return bool(shared)
+
+
+def repair(slim: nn.Module, dense: nn.Module, loader: DataLoader, args: argparse.Namespace,
+           device: torch.device) -> int:  # fmt: skip
+    """Fits what consumed removed units to the weights before the search; all processes get the first one's result.
+
+    Returns:
+        The number of layers.
+    """
+    parts: list[torch.Tensor] = []
+    for images, _ in isolated(loader, args.seed, device):
+        parts.append(images[: args.refit - sum(map(len, parts))])
+        if sum(map(len, parts)) == args.refit:
+            break
+    done = prunegate.refit(slim, dense, [torch.cat(parts)])
+    if args.distributed:
+        for tensor in slim.state_dict().values():
+            torch.distributed.broadcast(tensor, 0)
+    return len(done.layers)
 
 
 def check_loaders(args: argparse.Namespace, train: DataLoader, validation: DataLoader, test: DataLoader) -> None:

@@ -254,6 +254,22 @@ def test_one_cycle_and_one_optimizer_span_search_and_fine_tuning(
     assert counts == {steps, steps * 2 // 3}
 
 
+def test_refit_repairs_the_cut_before_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("report.latencies", lambda models, inputs: dict.fromkeys(models, 1.0))
+    images = torch.from_numpy(load_digits().images).float()[:500, None] / 8 - 1
+    images = nn.functional.interpolate(images, 32)
+    errors = []
+    for flags in ([], ["--refit", "200"]):
+        folder, slim = prune.main([*TINY, "--dense-epochs", "2", "--search-epochs", "2", "--epochs", "0", "--flops",
+                                   "0.3", *flags, "--output", str(tmp_path)])  # fmt: skip
+        dense = timm.create_model("resnet10t", stem_width=8, channels=(8, 16, 16, 32), in_chans=1, num_classes=10)
+        dense.load_state_dict(load_file(folder / "dense.safetensors"))
+        with torch.no_grad():
+            wanted, found = dense.eval()(images), slim(images)
+        errors.append(float((found - wanted).square().mean() / wanted.var()))
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_second_process_repeats_the_outputs(run: tuple[Path, nn.Module], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -289,7 +305,7 @@ def _one_thread() -> dict[str, str]:
         "--model-ema --model-ema-decay 0.9 --opt adamw --lr 1e-3 --weight-decay 0.05",
         "--amp --amp-dtype bfloat16 --channels-last --clip-grad 1.0",
         "--kd-model-name dense --kd-distill-type feature --task-loss-weight 0.5",
-        "--params 0.4 --round-to 4",
+        "--params 0.4 --round-to 4 --refit 64",
         "--val-split train --grad-checkpointing",
     ],
 )
@@ -304,8 +320,8 @@ def test_flags_of_timm_work_together_with_pruning(flags: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_agree_and_one_writes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "recipes/prune.py", *TINY, "--search-epochs", "2", "--epochs", "1", "--output", tmp_path,
-               "--experiment", "two"]  # fmt: skip
+               ROOT / "recipes/prune.py", *TINY, "--search-epochs", "2", "--epochs", "1", "--refit", "64", "--output",
+               tmp_path, "--experiment", "two"]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=_one_thread())
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "two" / "report.json").read_text())
