@@ -45,7 +45,8 @@ def test_agreement_and_error_are_those_of_the_logits() -> None:
     assert found["error"] == pytest.approx(float(oracle**0.5))
 
 
-@pytest.mark.parametrize("method", ["nothing cut", "prunegate", "prunegate, refit", "torch-pruning taylor local"])
+@pytest.mark.parametrize("method", ["nothing cut", "prunegate", "prunegate, refit",
+                                    "prunegate, one-shot, refit", "torch-pruning taylor local"])  # fmt: skip
 def test_a_row_keeps_to_the_budget_and_learns_from_the_dense_network(method: str) -> None:
     if method.startswith("torch-pruning"):
         pytest.importorskip("torch_pruning")

@@ -58,13 +58,15 @@ _TRAINING = [
 _SEARCH_SHARE = 0.2
 _SCORING_BATCHES = 10
 _REESTIMATED = 640  # crops for the statistics of batch norms
+_REFITTED = 256  # crops to refit on; up to this many take one pass
+_CALIBRATION_BATCHES = 2
 _PEERS = {
     "torch-pruning taylor local": {"taylor": True, "everywhere": False},
     "torch-pruning taylor global": {"taylor": True, "everywhere": True},
     "torch-pruning magnitude local": {"taylor": False, "everywhere": False},
 }
 _CONTROL = "nothing cut"
-_METHODS = ["prunegate", "prunegate, refit", *_PEERS]
+_METHODS = ["prunegate", "prunegate, refit", "prunegate, one-shot", "prunegate, one-shot, refit", *_PEERS]
 
 
 Colour = tuple[float, float, float]
@@ -185,15 +187,18 @@ def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, cos
     whole = prunegate.count_flops(dense, example)
     recipe = Recipe(steps=args.steps, batch=args.batch, lr=args.lr, weight_decay=1e-4)
     batches = training.batches(args.batch, args.steps, 1000 + key["seed"])
+    scoring = [(images, logits.argmax(1)) for images, logits in
+               training.batches(args.batch, _SCORING_BATCHES, 5000 + key["seed"])]  # fmt: skip
     method, first = key["method"], 0
+    optimizer: torch.optim.Optimizer | None = None
     if method in _PEERS:
-        scoring = ((images, logits.argmax(1)) for images, logits in
-                   training.batches(args.batch, _SCORING_BATCHES, 5000 + key["seed"]))  # fmt: skip
         slim = torch_pruning(dense, example, key["budget"] * whole, scoring, costs, **_PEERS[method])
-        optimizer: torch.optim.Optimizer = optimizer_for(slim, recipe)
     elif method == _CONTROL:
         slim = copy.deepcopy(dense)
-        optimizer = optimizer_for(slim, recipe)
+    elif "one-shot" in method:
+        calibration = [images for images, _ in scoring[:_CALIBRATION_BATCHES]]
+        slim = prunegate.one_shot(copy.deepcopy(dense), example, "taylor", batches=scoring, flops=key["budget"],
+                                  calibration=calibration)  # fmt: skip
     else:
         gated = prunegate.attach(copy.deepcopy(dense), example)
         first = max(1, round(_SEARCH_SHARE * args.steps))
@@ -204,12 +209,12 @@ def measure(dense: nn.Module, key: dict[str, Any], args: argparse.Namespace, cos
         slim = gated.export()
         optimizer = prunegate.transfer_optimizer(searched, gated, slim)
     crops = training.images[:_REESTIMATED]
-    if method == "prunegate, refit":
-        prunegate.refit(slim, dense, crops.split(args.batch))
+    if method.endswith("refit"):
+        prunegate.refit(slim, dense, [training.images[:_REFITTED]])
     else:
         reestimate(slim, crops)
     before = compare(slim, imagenet)
-    distil(slim, batches, optimizer, recipe, range(first, args.steps))
+    distil(slim, batches, optimizer or optimizer_for(slim, recipe), recipe, range(first, args.steps))
     reestimate(slim, crops)
     return {
         "share": prunegate.count_flops(slim, example) / whole,

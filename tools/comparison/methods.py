@@ -27,6 +27,7 @@ __all__ = ["METHODS", "Cell", "Outcome"]
 _SEARCH_SHARE = 0.2
 _SCORING_BATCHES = 20
 _CALIBRATION_BATCHES = 2
+_REFIT_BATCHES = 4
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Cut = Callable[["Cell"], nn.Module]
@@ -81,6 +82,10 @@ class Cell:
         """Batches for scores, the same for every method."""
         return self.training.batches(self.recipe.batch, _SCORING_BATCHES, 5000 + self.seed)
 
+    def unlabelled(self, count: int) -> list[Tensor]:
+        """The images of the first so many of these."""
+        return [images for images, _ in islice(self.scoring(), count)]
+
 
 @dataclass
 class Outcome:
@@ -95,23 +100,26 @@ class Outcome:
     before: float
 
 
-def _gates(cell: Cell, calibrated: bool = False) -> Outcome:
+def _gates(cell: Cell, calibrated: bool = False, refitted: bool = False) -> Outcome:
     """``prunegate.Budget`` with nothing but the budget and the steps; one learning-rate cycle over both phases.
 
-    With ``calibrated`` it measures the groups first, on two of the batches that other methods score with.
+    With ``calibrated`` it measures the groups first, on two of the batches that other methods score with; with
+    ``refitted`` the cut is repaired on four of them before fine-tuning.
     """
     steps = cell.recipe.steps
     gated = prunegate.attach(copy.deepcopy(cell.dense), cell.example)
     search = max(1, round(cell.options.get("search", _SEARCH_SHARE) * steps))
     options = {key: value for key, value in cell.options.items() if key != "search"}
     if calibrated:
-        options["calibration"] = [images for images, _ in islice(cell.scoring(), _CALIBRATION_BATCHES)]
+        options["calibration"] = cell.unlabelled(_CALIBRATION_BATCHES)
     budget = prunegate.Budget(gated, flops=cell.share, steps=search, **options)
     optimizer = optimizer_for(gated, cell.recipe, without=gated.logits)
     batches = batches_for(cell.training, cell.recipe, steps, cell.seed)
     train(gated, batches, optimizer, cell.recipe, range(search), steps, cell.teacher, budget.step)
     budget.finish()
     slim = gated.export()
+    if refitted:
+        prunegate.refit(slim, cell.dense, [torch.cat(cell.unlabelled(_REFIT_BATCHES))])
     before = accuracy(slim, cell.validation)
     optimizer = prunegate.transfer_optimizer(optimizer, gated, slim)
     train(slim, batches, optimizer, cell.recipe, range(search, steps), steps, cell.teacher)
@@ -172,6 +180,7 @@ _CUTS: dict[str, Cut] = {
 METHODS: dict[str, Callable[[Cell], Outcome]] = {
     "prunegate": _gates,
     "prunegate, calibrated": partial(_gates, calibrated=True),
+    "prunegate, refit": partial(_gates, refitted=True),
     **{name: partial(_cut_first, cut) for name, cut in _CUTS.items()},
     "from scratch": _from_scratch,
 }
