@@ -235,6 +235,10 @@ def test_the_summary_says_where_it_is_behind(tmp_path: Path) -> None:
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| n |")]
     assert [line.split("|")[-2].strip() for line in lines] == ["behind", "ahead", "no difference shown"]
     assert "-1.03 ± 0.07" in lines[0]
+    report.write_report([row for row in rows if row["seed"] == 1], {}, tmp_path, {"steps": 3})
+    text = (tmp_path / "table.md").read_text()
+    assert "| -0.90 | 1 | one seed |" in text
+    assert "nan" not in text
 
 
 def _run(tmp_path: Path, *more: str) -> None:

@@ -23,6 +23,11 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     return statistics.mean(differences), error, len(seeds)
 
 
+def _difference(mean: float, error: float, seeds: int) -> str:
+    """As text; one seed has no error."""
+    return f"{mean:+.2f} ± {error:.2f}" if seeds > 1 else f"{mean:+.2f}"
+
+
 def best_peer(found: dict[str, dict[int, float]]) -> str | None:
     """The other library's method of greatest mean over the seeds that PruneGate has too; ``None`` without any.
 
@@ -80,7 +85,7 @@ def write_report(rows: list[dict[str, Any]], tested: dict[str, float], output: P
             for method in sorted(found, key=lambda m: -statistics.mean(found[m].values())):
                 reference = _OURS + method[method.index(" + ") :] if " + " in method else _OURS
                 mean, error, seeds = paired(found.get(reference, {}), found[method])
-                against = "" if method == reference or not seeds else f"{mean:+.2f} ± {error:.2f} ({seeds})"
+                against = "" if method == reference or not seeds else f"{_difference(mean, error, seeds)} ({seeds})"
                 share = statistics.mean(shares[network, budget, method])
                 shown = f"**{method}**" if method.startswith(_OURS) else method
                 before = statistics.mean(befores[network, budget, method])
@@ -110,7 +115,7 @@ def _summary(values: dict[tuple[str, float], dict[str, dict[int, float]]]) -> li
         ours, theirs = (statistics.mean(found[method][seed] for seed in common) for method in (_OURS, peer))
         verdict = "ahead" if mean > 2 * error else "behind" if mean < -2 * error else "no difference shown"
         verdict = verdict if seeds > 1 else "one seed"
-        difference = f"{mean:+.2f} ± {error:.2f}"
+        difference = _difference(mean, error, seeds)
         cells = (network, budget, f"{ours:.2f}", peer, f"{theirs:.2f}", difference, seeds, verdict)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, "", "Ahead and behind: by more than two standard errors.", ""] if len(lines) > 2 else []
