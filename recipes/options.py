@@ -36,6 +36,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if given.config:
         parser.set_defaults(**yaml.safe_load(Path(given.config).read_text()))
     args = parser.parse_args(rest)
+    if args.refit < 0:
+        parser.error(f"--refit {args.refit}: expected a number of images, or 0 for no repair")
     args.resume = given.resume
     # YAML knows no tuples and sorts; a model that is made from a file must be made as it was from the command line.
     args.model_kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in sorted(args.model_kwargs.items())}

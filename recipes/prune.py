@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -408,12 +409,9 @@ def repair(slim: nn.Module, dense: nn.Module, loader: DataLoader, args: argparse
     Returns:
         The number of layers.
     """
-    parts: list[torch.Tensor] = []
-    for images, _ in isolated(loader, args.seed, device):
-        parts.append(images[: args.refit - sum(map(len, parts))])
-        if sum(map(len, parts)) == args.refit:
-            break
-    done = prunegate.refit(slim, dense, [torch.cat(parts)])
+    enough = math.ceil(args.refit / args.batch_size)
+    batches = [images for images, _ in islice(isolated(loader, args.seed, device), enough)]
+    done = prunegate.refit(slim, dense, [torch.cat(batches)[: args.refit]])
     if args.distributed:
         for tensor in slim.state_dict().values():
             torch.distributed.broadcast(tensor, 0)

@@ -176,7 +176,27 @@ def _cell(**more: object) -> methods.Cell:
     return methods.Cell(network, network.fresh(0).eval(), 0.4, 0, recipe, data, data.part(50), **more)
 
 
-@pytest.mark.parametrize("method", ["prunegate", "one-shot combined", "one-shot random", "from scratch"])
+def test_a_refit_comes_once_before_fine_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    refit = prunegate.refit
+
+    def noted(slim: nn.Module, dense: nn.Module, batches: list[torch.Tensor]) -> object:
+        seen.append((dense, [batch.clone() for batch in batches]))
+        return refit(slim, dense, batches)
+
+    monkeypatch.setattr(prunegate, "refit", noted)
+    cell = _cell()
+    methods.METHODS["prunegate"](cell)
+    assert not seen
+    methods.METHODS["prunegate, refit"](cell)
+    (dense, (found,)) = seen[0]
+    assert len(seen) == 1
+    assert dense is cell.dense
+    assert torch.equal(found, torch.cat([images for images, _ in list(cell.scoring())[:4]]))
+
+
+@pytest.mark.parametrize("method", ["prunegate", "prunegate, refit", "one-shot combined", "one-shot random",
+                                    "from scratch"])  # fmt: skip
 def test_methods_take_equally_many_steps_and_leave_the_dense_network_alone(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -320,13 +320,38 @@ def test_flags_of_timm_work_together_with_pruning(flags: str, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_agree_and_one_writes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               ROOT / "recipes/prune.py", *TINY, "--search-epochs", "2", "--epochs", "1", "--refit", "64", "--output",
-               tmp_path, "--experiment", "two"]  # fmt: skip
+               ROOT / "recipes/prune.py", *TINY, "--search-epochs", "2", "--epochs", "1", "--output", tmp_path,
+               "--experiment", "two"]  # fmt: skip
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=_one_thread())
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads((tmp_path / "two" / "report.json").read_text())
     assert measured["slim"]["flops"] <= 0.5 * measured["dense"]["flops"]
     assert done.stdout.count("search   epoch") == 2
+
+
+@pytest.mark.slow
+def test_two_processes_refit_to_the_same_weights(tmp_path: Path) -> None:
+    script = tmp_path / "refits.py"
+    script.write_text(
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(ROOT / 'recipes')!r})\n"
+        "import prune\n"
+        "_, slim = prune.main(sys.argv[2:])\n"
+        "torch.save(slim.state_dict(), f'{sys.argv[1]}/' + __import__('os').environ['RANK'])\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path,
+               *TINY, "--search-epochs", "2", "--epochs", "0", "--refit", "64", "--output", tmp_path]  # fmt: skip
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=_one_thread())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "refitted layers: " in done.stdout
+    first, second = (torch.load(tmp_path / rank) for rank in "01")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_negative_number_of_images_to_refit_on_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.parse_args(["--refit", "-5"])
+    assert "--refit -5: expected a number of images" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ tools

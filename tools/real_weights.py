@@ -7,7 +7,8 @@ It says nothing about accuracy on ImageNet, of which only the twenty pictures ar
 network teaches the cut one, without labels, on crops of a few photographs (``--images`` takes more, for instance those
 of Debian's mate-backgrounds and lomiri-wallpapers); then the two are compared on crops of those twenty pictures and of
 photographs that training did not see. Torch-Pruning gets the same crops, steps, optimizer and budget, and both choose
-by the same kind of score: cross-entropy against what the dense network predicts.
+by the same kind of score: cross-entropy against what the dense network predicts. Rows named one-shot are cut at once,
+by that score inside groups and by measured damage between them, instead of searched.
 
 First comes a row in which nothing is cut and the dense network learns from itself: what it loses is the training's
 doing, and more than it keeps is not to be had by a cut network. It keeps little unless batch norms first adopt the
